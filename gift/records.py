@@ -249,11 +249,15 @@ class JsonlLog:
 
 
 class RunDir:
-    """A run directory and its manifest; every change of the manifest is on disk when the call returns."""
+    """A run directory and its manifest; every change of the manifest is on disk when the call returns.
+
+    Of several ranks working on one run, all but the first set `writable` to False: they follow, and write nothing.
+    """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
+        self.writable = True
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
@@ -301,7 +305,8 @@ class RunDir:
 
     def save(self) -> None:
         """Writes the manifest."""
-        write_json(self.path / "manifest.json", self.manifest)
+        if self.writable:
+            write_json(self.path / "manifest.json", self.manifest)
 
     def update(self, **entries: Any) -> None:
         """Sets top-level entries of the manifest and writes it."""
@@ -330,6 +335,9 @@ class RunDir:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the run for this process. Raises UserError if another process is working on it."""
+        if not self.writable:
+            yield
+            return
         with (self.path / ".lock").open("w") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,103 @@
+"""Loading checkpoints, and the two parts of a causal language model this suite works with: backbone and LM head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from gift.cli import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
+
+
+def is_local(name: str | Path) -> bool:
+    """Whether a model name means a folder on this machine rather than a Hub repository."""
+    text = str(name)
+    return Path(text).exists() or text.startswith((".", "/", "~")) or text.count("/") > 1
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raises UserError, naming what is missing, unless `path` is a folder with a config and safetensors weights."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint folder")
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: no config.json in this folder; give a Hugging Face checkpoint")
+    if not any(path.glob("*.safetensors")):
+        raise UserError(f"{path}: no *.safetensors in this folder; a checkpoint without weights cannot be loaded")
+
+
+def download(name: str, revision: str | None) -> Path:
+    """The local folder of a Hub repository's config, tokenizer and safetensors. Raises UserError with the reason."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the Hub's client raises a dozen unrelated kinds
+        raise UserError(f"{name}: cannot download this model: {first_line(error)}") from error
+
+
+def load_model(name: str | Path, *, dtype: str = "float32", revision: str | None = None) -> PreTrainedModel:
+    """A causal LM in evaluation mode from a checkpoint folder or a Hub repository.
+
+    Only safetensors are read and no code from the checkpoint is run. Raises UserError naming the checkpoint and the
+    reason.
+    """
+    if is_local(name):
+        check_checkpoint(Path(name))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(name), dtype=DTYPES[dtype], revision=revision, use_safetensors=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers, safetensors and the Hub raise a dozen unrelated kinds here
+        raise UserError(f"{name}: cannot load this model: {first_line(error)}") from error
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"{name}: not a causal language model")
+    return model.eval()
+
+
+def load_tokenizer(name: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint. Raises UserError if it is missing or has no end token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name), revision=revision, trust_remote_code=False)
+    except Exception as error:  # same as above
+        raise UserError(f"{name}: cannot load this tokenizer: {first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name}: this tokenizer has no end token (eos_token), so no response could ever end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(name: str | Path) -> Any:
+    """The model configuration of a checkpoint folder or Hub repository."""
+    return AutoConfig.from_pretrained(str(name), trust_remote_code=False)
+
+
+def first_line(error: Exception) -> str:
+    """An exception's first line, for a one-line message."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+def backbone(model: PreTrainedModel) -> torch.nn.Module:
+    """The decoder without its LM head: its `last_hidden_state` is the post-final-norm state."""
+    decoder = model.get_decoder()
+    assert isinstance(decoder, torch.nn.Module)
+    return decoder
+
+
+def lm_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    """The LM head's weight [V, H] and bias [V] or None."""
+    head = model.get_output_embeddings()
+    return head.weight, getattr(head, "bias", None)
+
+
+def states_at(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, selected: Tensor) -> Tensor:
+    """Post-final-norm states [N, H] at the N positions where `selected` [B, T] is true, in row-major order."""
+    states: Tensor = backbone(model)(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    return states[selected]

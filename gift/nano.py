@@ -1,0 +1,315 @@
+"""The embedded default: problems, a tokenizer and a small base model, all made on this machine in minutes.
+
+The target task is reasoning-gym's `chain_sum` with worked steps. The base is pretrained on a broad, noisy mixture, the
+target task among other things, in several styles of which most do not reason and some are wrong: it can do the task,
+but seldom does. That leaves initialization something to teach and RL something to find.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import reasoning_gym
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from gift.data import Encoded, Example, normalize
+from gift.engine import barrier, export_checkpoint, init_distributed, rank
+from gift.generation import sample_seed
+from gift.objectives import resolve
+from gift.recipe import Engine, Init, Pretrain
+from gift.records import JsonlLog, package_versions, remove, sha256_file, sha256_json, write_json
+from gift.sft import Stage, train
+
+EVAL_VERSION = "1"
+SPECIAL_TOKENS = {"pad": "<|pad|>", "end": "<|end|>", "user": "<|user|>", "assistant": "<|assistant|>"}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+WINDOW = 4096
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems
+
+
+def generate(task: str, count: int, seed: int, **settings: Any) -> list[dict[str, Any]]:
+    """`count` entries of a reasoning-gym task: question, answer, metadata.
+
+    reasoning-gym seeds item i with seed + i, so that neighbouring seeds share items; the seed is hashed to keep streams
+    apart.
+    """
+    dataset = reasoning_gym.create_dataset(task, size=count, seed=sample_seed("nano", task, seed) % 2**48, **settings)
+    return [dataset[index] for index in range(count)]
+
+
+def steps(expression: str, slip: Callable[[], int] = lambda: 0) -> list[tuple[int, str, int, int]]:
+    """A chain 'a + b - c' as its left-to-right steps (left, operator, right, result); each result is off by `slip()`,
+    and what follows goes on from there."""
+    first, *rest = expression.split()
+    left = int(first)
+    worked = []
+    for operator, term in zip(rest[::2], rest[1::2], strict=True):
+        result = (left + int(term) if operator == "+" else left - int(term)) + slip()
+        worked.append((left, operator, int(term), result))
+        left = result
+    return worked
+
+
+def boxed(answer: object) -> str:
+    """The final answer as every solution states it."""
+    return f"\\boxed{{{answer}}}"
+
+
+def worked_solution(worked: Sequence[tuple[int, str, int, int]]) -> str:
+    """The expert's style: one line a step, then the boxed result."""
+    lines = [f"{left}{operator}{right}={result}" for left, operator, right, result in worked]
+    return "\n".join([*lines, boxed(worked[-1][-1])])
+
+
+def chain_problems(count: int, seed: int, *, terms: tuple[int, int], digits: tuple[int, int], prefix: str) -> list[Example]:
+    """`count` distinct chain-sum problems with worked solutions; ids start with `prefix`."""
+    distinct: dict[str, Example] = {}
+    wave = 0
+    while len(distinct) < count:
+        wave += 1
+        entries = generate(
+            "chain_sum",
+            count,
+            sample_seed(seed, wave),
+            min_terms=terms[0],
+            max_terms=terms[1],
+            min_digits=digits[0],
+            max_digits=digits[1],
+        )
+        for entry in entries:
+            solution = worked_solution(steps(entry["metadata"]["expression"]))
+            example = Example(f"{prefix}-{len(distinct)}", entry["question"], solution, entry["answer"])
+            distinct.setdefault(normalize(example.prompt), example)
+    return list(distinct.values())[:count]
+
+
+def plain_problems(task: str, count: int, seed: int, **settings: Any) -> list[Example]:
+    """`count` distinct problems of another reasoning-gym task; the solution is the boxed answer alone."""
+    distinct: dict[str, Example] = {}
+    for entry in generate(task, 4 * count, seed, **settings):
+        example = Example(f"{task}-{len(distinct)}", entry["question"], boxed(entry["answer"]), entry["answer"])
+        distinct.setdefault(normalize(example.prompt), example)
+    return list(distinct.values())[:count]
+
+
+TARGET: dict[str, Any] = {"terms": (4, 6), "digits": (1, 1)}
+LONGER: dict[str, Any] = {"terms": (8, 10), "digits": (1, 1)}
+OTHER_TASKS: dict[str, dict[str, Any]] = {
+    "gcd": {"max_value": 30},
+    "products": {"max_digits": 1},
+    "simple_equations": {"max_terms": 2, "max_value": 20},
+}
+EVAL_SEED = 20260109
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """A set of evaluation problems: a fixed list of `items`, made on demand by `make(count)`."""
+
+    label: str
+    group: str
+    items: int
+    make: Callable[[int], list[Example]]
+
+    def problems(self, count: int) -> list[Example]:
+        """The first `count` of the list."""
+        return self.make(max(count, self.items))[:count]
+
+
+EVAL_SETS: dict[str, EvalSet] = {
+    "chain": EvalSet("Chains", "in-distribution", 200, lambda n: chain_problems(n, EVAL_SEED, prefix="chain", **TARGET)),
+    "chain-long": EvalSet(
+        "Longer chains", "harder", 100, lambda n: chain_problems(n, EVAL_SEED, prefix="chain-long", **LONGER)
+    ),
+    "gcd": EvalSet(
+        "GCD", "out-of-distribution", 100, lambda n: plain_problems("gcd", n, EVAL_SEED, **OTHER_TASKS["gcd"])
+    ),
+    "equations": EvalSet(
+        "Equations",
+        "out-of-distribution",
+        100,
+        lambda n: plain_problems("simple_equations", n, EVAL_SEED, **OTHER_TASKS["simple_equations"]),
+    ),
+}
+
+
+def training_problems(count: int, seed: int) -> list[Example]:
+    """`count` distinct target problems, none of which is in an evaluation set."""
+    held_out = {normalize(problem.prompt) for problem in EVAL_SETS["chain"].problems(EVAL_SETS["chain"].items)}
+    pool = chain_problems(count + len(held_out), seed, **TARGET, prefix="train")
+    return [problem for problem in pool if normalize(problem.prompt) not in held_out][:count]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The base's pretraining text
+
+
+STYLES = {"worked": 0.2, "running": 0.2, "words": 0.15, "direct": 0.3, "bare": 0.15}
+SLIP = 0.1  # share of steps whose result is wrong
+
+
+def in_style(expression: str, style: str, rng: random.Random) -> str:
+    """A solution of a chain in one of STYLES, in which a step now and then slips and the error carries on."""
+    worked = steps(expression, lambda: rng.choice([-10, -2, -1, 1, 2, 10]) if rng.random() < SLIP else 0)
+    answer = worked[-1][-1]
+    if style == "worked":
+        return worked_solution(worked)
+    if style == "running":
+        return f"{worked[0][0]}" + "".join(f"{op}{right}->{result};" for _, op, right, result in worked) + boxed(answer)
+    if style == "words":
+        spoken = [f"{left} {'plus' if op == '+' else 'minus'} {right} is {result}." for left, op, right, result in worked]
+        return f"First {' Then '.join(spoken)} The answer is {boxed(answer)}"
+    return boxed(answer) if style == "direct" else str(answer)
+
+
+def pretraining_text(count: int, seed: int) -> list[tuple[str, str]]:
+    """(prompt, response) documents: chains of several lengths and styles, three quarters, and other tasks."""
+    rng = random.Random(seed)
+    chains = [
+        *generate("chain_sum", int(0.60 * count), seed, min_terms=2, max_terms=8, min_digits=1, max_digits=1),
+        *generate("chain_sum", int(0.15 * count), seed + 1, min_terms=2, max_terms=3, min_digits=1, max_digits=2),
+    ]
+    documents = []
+    for entry in chains:
+        style = rng.choices(list(STYLES), list(STYLES.values()))[0]
+        documents.append((entry["question"], in_style(entry["metadata"]["expression"], style, rng)))
+    for task, settings in OTHER_TASKS.items():
+        for entry in generate(task, int(0.08 * count), seed, **settings):
+            documents.append((entry["question"], boxed(entry["answer"]) if rng.random() < 0.7 else entry["answer"]))
+    rng.shuffle(documents)
+    return documents
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer and base
+
+
+def train_tokenizer(texts: Sequence[str], vocab: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer that keeps every digit a token of its own and can spell any text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=SPECIAL_TOKENS["end"],
+        pad_token=SPECIAL_TOKENS["pad"],
+        additional_special_tokens=[SPECIAL_TOKENS["user"], SPECIAL_TOKENS["assistant"]],
+        model_max_length=WINDOW,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def cache_root() -> Path:
+    """Where bases are kept: GIFT_CACHE, or ~/.cache/gift."""
+    return Path(os.environ.get("GIFT_CACHE") or Path.home() / ".cache" / "gift")
+
+
+def base_key(settings: Pretrain, engine: Engine) -> dict[str, Any]:
+    """Everything the base depends on; its hash names it in the cache."""
+    versions = package_versions()
+    return {
+        "pretrain": asdict(settings),
+        "engine": asdict(engine),
+        "source": sha256_file(Path(__file__)),
+        "packages": {name: versions[name] for name in ("torch", "transformers", "tokenizers", "reasoning-gym")},
+    }
+
+
+def prepare_base(settings: Pretrain, engine: Engine) -> Path:
+    """The checkpoint folder of the base: taken from the cache, or pretrained (continuing where a killed run stopped)."""
+    init_distributed()
+    key = base_key(settings, engine)
+    home = cache_root() / f"nano-{sha256_json(key)[:12]}"
+    checkpoint = home / "model"
+    with only_one(home):
+        if not checkpoint.exists():
+            if rank() == 0:
+                write_json(home / "made-from.json", key)
+            pretrain(settings, engine, home, checkpoint)
+    return checkpoint
+
+
+def pretrain(settings: Pretrain, engine: Engine, home: Path, checkpoint: Path) -> None:
+    """Trains the base from scratch on plain NLL over whole documents and writes its checkpoint."""
+    documents = pretraining_text(settings.documents, settings.seed)
+    tokenizer = train_tokenizer([f"{prompt}\n{response}" for prompt, response in documents[:5000]], settings.vocab)
+    torch.manual_seed(settings.seed)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.hidden,
+            intermediate_size=3 * settings.hidden,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            num_key_value_heads=settings.heads // 2,
+            max_position_embeddings=WINDOW,
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+        )
+    )
+    template = tokenizer.apply_chat_template
+    texts = [
+        template([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}], tokenize=False)
+        for prompt, response in documents
+    ]
+    encoded = [
+        Encoded(str(number), tuple(ids), prompt_length=1)
+        for number, ids in enumerate(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    ]
+    with JsonlLog(home / "metrics.jsonl", key=("policy", "stage", "event", "step")) as log:
+        train(
+            Stage("base", "base", encoded, [], settings.seed),
+            model,
+            tokenizer,
+            resolve("sft", {}),
+            settings=Init(epochs=1, batch_size=settings.batch_size, optimizer=settings.optimizer, save_every=100),
+            engine_settings=engine,
+            resume_dir=home / "resume",
+            log=log,
+        )
+    if rank() == 0:
+        export_checkpoint(model, tokenizer, checkpoint)
+        remove(home / "resume")
+    barrier()
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Holds `folder` for this job: a second job that wants the same base waits and then finds it made."""
+    if rank() != 0:
+        barrier()
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        barrier()
+        yield

@@ -1,0 +1,320 @@
+"""A run's recipe: typed, strict, one YAML file, `key=value` overrides. Defaults are the paper's (Appendix E)."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+from gift.cli import UserError, nearest
+
+RECIPES = Path(__file__).parent / "recipes"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this L2 norm; 0 leaves them alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """How DeepSpeed trains."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    micro_tokens: int = 16384
+    """Padded tokens a rank passes through the model at once. The batch size does not depend on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """How the embedded base is made (only read where base.model is 'nano')."""
+
+    seed: int = 0
+    documents: int = 100_000
+    hidden: int = 96
+    layers: int = 4
+    heads: int = 4
+    vocab: int = 512
+    batch_size: int = 96
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=4e-3, schedule="cosine", warmup_steps=50))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """The base model everything starts from and drift is measured against."""
+
+    model: str
+    """'nano' (made here), a checkpoint folder, or a Hub repository."""
+    revision: str | None = None
+    pretrain: Pretrain = field(default_factory=Pretrain)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where problems come from, and the sizes of the three disjoint subsets."""
+
+    source: str
+    """'nano' (generated), or a .jsonl or .parquet file."""
+    prompt: str = "prompt"
+    response: str = "response"
+    answer: str = "answer"
+    """Names of the file's columns."""
+    sft: int = 10_000
+    rl: int = 10_000
+    validation: int = 1_000
+    max_length: int = 8192
+    """Tokens of prompt and response together; longer examples are cut on the right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One initialization: an objective of gift.objectives and its options."""
+
+    objective: str
+    label: str
+    options: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init:
+    """Stage 1, the same for every method."""
+
+    epochs: int = 6
+    batch_size: int = 128
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-5))
+    save_every: int = 50
+    """Steps between saves of the state a killed run continues from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RL:
+    """Stage 2: GRPO from every initialization."""
+
+    batch_size: int = 128
+    """Prompts per rollout batch."""
+    updates_per_batch: int = 2
+    group_size: int = 8
+    temperature: float = 1.0
+    max_tokens: int = 8192
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 3.0
+    """Bound on the ratio where the advantage is negative; 0 turns it off."""
+    epochs: int = 1
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-6, betas=(0.9, 0.999)))
+    validate_every: int = 10
+    """Rollout batches between measurements of held-out accuracy; 0 measures none."""
+    validation_items: int = 100
+    save_every: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Evaluation of every checkpoint."""
+
+    suites: tuple[str, ...] = ("math",)
+    data_dir: str | None = None
+    limit: int | None = None
+    """Items per task; all of them where this is null."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """Distances between checkpoints on the held-out expert solutions."""
+
+    sequences: int | None = None
+    """How many held-out sequences; all of them where this is null."""
+    batch_size: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides what a run does."""
+
+    name: str
+    base: Base
+    data: Data
+    methods: dict[str, Method]
+    seed: int = 0
+    engine: Engine = field(default_factory=Engine)
+    init: Init = field(default_factory=Init)
+    rl: RL | None = field(default_factory=RL)
+    """null stops after initialization."""
+    eval: Eval = field(default_factory=Eval)
+    drift: Drift = field(default_factory=Drift)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a name in gift/recipes or of a YAML file, with `key=value` overrides (dotted keys, YAML values).
+
+    Raises UserError naming the file and key for an unknown key (with the nearest known one), a missing key, a value of
+    the wrong type, and a file that is not there or not YAML.
+    """
+    path = find_recipe(name)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys to values, this is {type(tree).__name__}")
+    tree.setdefault("name", path.stem)
+    for override in overrides:
+        apply_override(tree, override)
+    recipe = build(Recipe, tree, str(path), "")
+    check(recipe, str(path))
+    return recipe
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by path or by name. Raises UserError naming the nearest recipe."""
+    if Path(name).suffix in {".yaml", ".yml"}:
+        if not Path(name).is_file():
+            raise UserError(f"{name}: no such recipe file")
+        return Path(name)
+    known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+    if name not in known:
+        raise UserError(f"no recipe {name!r}{nearest(name, known)}; give a YAML file or one of: {', '.join(known)}")
+    return RECIPES / f"{name}.yaml"
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Sets the dotted key of `key=value` in the tree. Raises UserError for anything else."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r}: an override is key=value, such as init.optimizer.lr=1e-5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: {text!r} is not a YAML value; quote it") from None
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"{override!r}: {parent!r} has no keys below it")
+        node = child
+    node[last] = value
+
+
+def build(cls: type[T], tree: Any, file: str, key: str) -> T:
+    """A dataclass from a mapping, checked key by key. `key` is where in `file` the mapping lies, for messages."""
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{file}: {key or 'the recipe'} must be a mapping of keys to values, got {tree!r:.60}")
+    hints = typing.get_type_hints(cls)
+    known = {entry.name: entry for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in tree:
+        if name not in known:
+            raise UserError(f"{file}: unknown key {dotted(key, name)!r}{nearest(str(name), known)}")
+    for name, entry in known.items():
+        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        if required and name not in tree:
+            raise UserError(f"{file}: missing key {dotted(key, name)!r}")
+    return cls(**{name: convert(hints[name], value, file, dotted(key, name)) for name, value in tree.items()})
+
+
+def convert(kind: Any, value: Any, file: str, key: str) -> Any:
+    """`value` as the annotated type `kind`. Raises UserError naming file and key where it is not one."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, file, key)  # type: ignore[arg-type]
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return convert(next(option for option in arguments if option is not type(None)), value, file, key)
+    if origin is Literal:
+        if value not in arguments or isinstance(value, bool):
+            options = ", ".join(map(str, arguments))
+            raise UserError(f"{file}: {key} is {value!r}{nearest(str(value), map(str, arguments))}; options: {options}")
+        return value
+    if origin is tuple:
+        items = arguments if arguments[-1] is not Ellipsis else [arguments[0]] * (len(value) if is_list(value) else 0)
+        if not is_list(value) or len(value) != len(items):
+            raise UserError(f"{file}: {key} must be a list{'' if Ellipsis in arguments else f' of {len(items)}'}")
+        return tuple(convert(item, part, file, f"{key}[{i}]") for i, (item, part) in enumerate(zip(items, value)))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{file}: {key} must be a mapping of keys to values, got {value!r:.60}")
+        return {str(name): convert(arguments[1], part, file, dotted(key, str(name))) for name, part in value.items()}
+    return scalar(kind, value, file, key)
+
+
+def scalar(kind: type, value: Any, file: str, key: str) -> Any:
+    """A bool, int, float or str; '1e-5', which YAML 1.1 reads as text, and inf are floats."""
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif type(value) is kind:
+        return value
+    raise UserError(f"{file}: {key} must be {kind.__name__}, got {value!r:.60}")
+
+
+def is_list(value: Any) -> bool:
+    """Whether a YAML value is a list."""
+    return isinstance(value, (list, tuple))
+
+
+def dotted(key: str, name: str) -> str:
+    """The path of `name` below `key`."""
+    return f"{key}.{name}" if key else str(name)
+
+
+def check(recipe: Recipe, file: str) -> None:
+    """Raises UserError for values that are well typed but make no sense together."""
+    from gift.objectives import resolve
+
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            raise UserError(f"{file}: {message}")
+
+    require(bool(recipe.methods), "methods is empty: name at least one, such as sft: {objective: sft, label: SFT}")
+    for name, method in recipe.methods.items():
+        require(name.isidentifier() and name != "base", f"methods.{name}: a method's name must be an identifier, not 'base'")
+        try:
+            resolve(method.objective, method.options)
+        except UserError as error:
+            raise UserError(f"{file}: methods.{name}: {error}") from None
+    require(recipe.data.sft >= recipe.init.batch_size, "data.sft is smaller than init.batch_size: no step could be made")
+    for key in ("sft", "validation"):
+        require(getattr(recipe.data, key) > 0, f"data.{key} must be positive")
+    require((recipe.data.source == "nano") == (recipe.base.model == "nano"), "data.source and base.model: both nano or neither")
+    if recipe.rl is not None:
+        rl = recipe.rl
+        require(recipe.data.rl >= rl.batch_size, "data.rl is smaller than rl.batch_size: no step could be made")
+        require(rl.group_size > 1, "rl.group_size must be at least 2: the advantage of a group of one is always 0")
+        require(rl.batch_size % rl.updates_per_batch == 0, "rl.batch_size must be a multiple of rl.updates_per_batch")
+
+
+def as_tree(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as plain JSON values; an infinite option is written as the text 'inf'."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(part) for name, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(part) for part in value]
+        return str(value) if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
+
+    tree: dict[str, Any] = plain(dataclasses.asdict(recipe))
+    return tree

@@ -1,0 +1,286 @@
+"""A run directory as reports read it: the manifest's parts typed, counts and drift sums ready for evals.stats.
+
+Whatever is absent stays empty and is reported as missing; whatever is present but damaged is a UserError naming it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn, cast
+
+import numpy as np
+
+from gift.cli import UserError
+from gift.records import RunDir, read_jsonl, read_table, sha256_file
+
+Stage = Literal["base", "init", "rl"]
+Counts = dict[str, tuple[int, int]]
+STAGES: tuple[Stage, ...] = ("base", "init", "rl")
+STAGE_LABELS: dict[Stage, str] = {"base": "", "init": "After initialization", "rl": "After RL"}
+ITEM_COLUMNS = ("task", "item", "policy", "run", "n", "correct")
+DRIFT_COLUMNS = ("metric", "sequence", "n", "sum")
+REPORT_STEP = "report"
+SAMPLE_KEYS = ("item", "run", "sample", "prompt", "completion", "status")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One checkpoint of the lineage."""
+
+    id: str
+    label: str
+    parent: str | None
+    stage: Stage
+    method: str | None
+    checkpoint: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One evaluated task; `items` is how many a complete evaluation has."""
+
+    name: str
+    label: str
+    group: str
+    items: int
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks that were evaluated under one protocol."""
+
+    name: str
+    runs: int
+    samples_per_run: int
+    protocol: Mapping[str, Any]
+    tasks: tuple[Task, ...]
+
+    @property
+    def samples(self) -> int:
+        """Samples per item, all runs together."""
+        return self.runs * self.samples_per_run
+
+    @property
+    def groups(self) -> dict[str, list[Task]]:
+        """The tasks by group, in the manifest's order."""
+        groups: dict[str, list[Task]] = {}
+        for task in self.tasks:
+            groups.setdefault(task.group, []).append(task)
+        return groups
+
+
+@dataclass(frozen=True)
+class Sums:
+    """One drift metric of one pair: per sequence the number of tokens and the metric's sum over them."""
+
+    n: np.ndarray
+    total: np.ndarray
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything a report takes from a run directory except the samples, which are read where they are shown."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    policies: tuple[Policy, ...]
+    suites: tuple[Suite, ...]
+    counts: Mapping[tuple[str, str], Counts]
+    """(policy, task) -> item -> (samples, correct samples), all runs together."""
+    metrics: Sequence[Mapping[str, Any]]
+    drift: Mapping[tuple[str, str], Mapping[str, Sums]]
+    """(earlier, later) -> metric -> sums."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Relative name -> SHA-256 of every file read so far."""
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return str(self.manifest.get("name") or self.path.name)
+
+    @property
+    def steps(self) -> Mapping[str, Mapping[str, Any]]:
+        """The run's steps but the one that makes the report, which is at work whenever it reads this."""
+        steps = mapped(self.path, self.manifest, "steps")
+        return {name: step for name, step in steps.items() if name != REPORT_STEP}
+
+    @property
+    def status(self) -> str:
+        """The manifest's status; 'complete' also where only the report is left to make."""
+        last = REPORT_STEP in mapped(self.path, self.manifest, "steps")
+        if self.manifest.get("status") == "running" and last and not self.unfinished_steps:
+            return "complete"
+        return str(self.manifest.get("status"))
+
+    @property
+    def unfinished_steps(self) -> dict[str, Mapping[str, Any]]:
+        """The steps that began and are not done."""
+        return {name: step for name, step in self.steps.items() if step.get("status") != "done"}
+
+    def stage(self, stage: Stage) -> list[Policy]:
+        """The policies of a stage, in lineage order."""
+        return [policy for policy in self.policies if policy.stage == stage]
+
+    def policy(self, stage: Stage, method: str) -> Policy | None:
+        """The policy a method reached at a stage."""
+        return next((policy for policy in self.stage(stage) if policy.method == method), None)
+
+    def log(self, policy: str, event: str, *needed: str) -> list[Mapping[str, Any]]:
+        """The logged rows of an event of a policy that hold all `needed` numbers, by step."""
+        rows = [row for row in self.metrics if row.get("policy") == policy and row.get("event") == event]
+        rows = [row for row in rows if all(isinstance(row.get(key), int | float) for key in ("step", *needed))]
+        return sorted(rows, key=lambda row: row["step"])
+
+    def samples(self, policy: str, task: str) -> list[dict[str, Any]]:
+        """The samples of a policy on a task; [] where none were written. Raises UserError for an incomplete row."""
+        file = self.path / "samples" / policy / f"{task}.jsonl"
+        if not file.exists():
+            return []
+        self.files[file.relative_to(self.path).as_posix()] = sha256_file(file)
+        rows = read_jsonl(file)
+        for number, row in enumerate(rows, start=1):
+            absent = [key for key in SAMPLE_KEYS if key not in row]
+            if absent:
+                raise UserError(f"{file}:{number}: a sample without {absent[0]!r}; evaluate this policy again")
+        return rows
+
+
+def load_run(path: Path) -> RunData:
+    """Reads a run directory.
+
+    Raises UserError naming the file where it is not a run directory or a file in it is damaged.
+    """
+    manifest = RunDir.open(path).manifest
+    files = {"manifest.json": sha256_file(path / "manifest.json")}
+    policies = tuple(read_policy(path, entry) for entry in listed(path, manifest, "lineage"))
+    run = RunData(
+        path=path,
+        manifest=manifest,
+        policies=tuple(sorted(policies, key=lambda policy: STAGES.index(policy.stage))),
+        suites=tuple(read_suite(path, name, entry) for name, entry in mapped(path, manifest, "eval").items()),
+        counts=read_counts(path / "items.parquet"),
+        metrics=read_jsonl(path / "metrics.jsonl"),
+        drift={pair: read_drift(file) for pair, file in drift_files(path).items()},
+        files=files,
+    )
+    present = [path / "items.parquet", path / "metrics.jsonl", *drift_files(path).values()]
+    files.update({file.relative_to(path).as_posix(): sha256_file(file) for file in present if file.exists()})
+    return run
+
+
+def damaged(path: Path, what: str) -> NoReturn:
+    """Raises the UserError of a manifest that this module cannot read."""
+    raise UserError(f"{path / 'manifest.json'}: {what}; restore the manifest or make the run again")
+
+
+def mapped(path: Path, manifest: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A mapping of the manifest, {} where it is absent. Raises UserError if it is something else."""
+    value = manifest.get(key) or {}
+    if not isinstance(value, dict):
+        damaged(path, f"{key!r} is not a mapping")
+    return cast("dict[str, Any]", value)
+
+
+def listed(path: Path, manifest: Mapping[str, Any], key: str) -> list[Any]:
+    """A list of the manifest, [] where it is absent. Raises UserError if it is something else."""
+    value = manifest.get(key) or []
+    if not isinstance(value, list):
+        damaged(path, f"{key!r} is not a list")
+    return value
+
+
+def read_policy(path: Path, entry: Any) -> Policy:
+    """A lineage entry. Raises UserError if it names no policy or an unknown stage."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
+        damaged(path, "an entry of 'lineage' has no id")
+    if entry.get("stage") not in STAGES:
+        damaged(path, f"policy {entry['id']!r} of 'lineage' has stage {entry.get('stage')!r}, not base, init or rl")
+    return Policy(
+        id=entry["id"],
+        label=str(entry.get("label") or entry["id"]),
+        parent=entry.get("parent"),
+        stage=entry["stage"],
+        method=entry.get("method"),
+        checkpoint=str(entry.get("checkpoint") or ""),
+    )
+
+
+def read_suite(path: Path, name: str, entry: Any) -> Suite:
+    """An evaluated suite. Raises UserError if the manifest's entry lacks its protocol or tasks."""
+    try:
+        protocol, tasks = entry["protocol"], entry["tasks"]
+        return Suite(
+            name=name,
+            runs=int(protocol["runs"]),
+            samples_per_run=int(protocol["samples_per_run"]),
+            protocol=protocol,
+            tasks=tuple(
+                Task(task, str(about.get("label") or task), str(about.get("group") or name), int(about["items"]))
+                for task, about in tasks.items()
+            ),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        damaged(path, f"suite {name!r} of 'eval' is incomplete ({type(error).__name__}: {error})")
+
+
+def read_columns(file: Path, names: Sequence[str]) -> list[list[Any]]:
+    """These columns of a Parquet file. Raises UserError naming the file and the first column it lacks."""
+    table = read_table(file)
+    absent = [name for name in names if name not in table]
+    if absent:
+        raise UserError(f"{file}: no column {absent[0]!r}; delete this file and run the command that wrote it again")
+    return [table[name] for name in names]
+
+
+def read_counts(file: Path) -> dict[tuple[str, str], Counts]:
+    """Samples and correct samples per policy, task and item; {} where there is no such file.
+
+    Raises UserError for a row with impossible counts and for a (task, item, policy, run) that is there twice.
+    """
+    if not file.exists():
+        return {}
+    counts: dict[tuple[str, str], Counts] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for number, row in enumerate(zip(*read_columns(file, ITEM_COLUMNS), strict=True)):
+        task, item, policy, run, n, correct = row
+        if not (isinstance(n, int) and isinstance(correct, int) and 0 <= correct <= n and n > 0):
+            raise UserError(f"{file}: row {number} has correct = {correct} of n = {n}; evaluate task {task!r} again")
+        if (task, item, policy, run) in seen:
+            raise UserError(f"{file}: row {number} repeats task {task!r}, item {item!r}, policy {policy!r}, run {run}")
+        seen.add((task, item, policy, run))
+        items = counts.setdefault((policy, task), {})
+        before = items.get(item, (0, 0))
+        items[item] = (before[0] + n, before[1] + correct)
+    return counts
+
+
+def drift_files(path: Path) -> dict[tuple[str, str], Path]:
+    """The drift files of a run by pair (earlier, later), in name order."""
+    pairs = {}
+    for file in sorted((path / "drift").glob("*.parquet")):
+        earlier, dots, later = file.stem.partition("..")
+        if dots:
+            pairs[earlier, later] = file
+    return pairs
+
+
+def read_drift(file: Path) -> dict[str, Sums]:
+    """The sums of every metric in a drift file. Raises UserError where a value is not a number or n is not positive."""
+    metrics: dict[str, tuple[list[Any], list[Any]]] = {}
+    for metric, _, n, total in zip(*read_columns(file, DRIFT_COLUMNS), strict=True):
+        sizes, totals = metrics.setdefault(metric, ([], []))
+        sizes.append(n)
+        totals.append(total)
+    sums = {}
+    for metric, (sizes, totals) in metrics.items():
+        try:
+            sums[metric] = Sums(np.asarray(sizes, dtype=float), np.asarray(totals, dtype=float))
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{file}: metric {metric!r} has a value that is not a number; measure drift again"
+            ) from None
+        if not (sums[metric].n > 0).all() or np.isnan(sums[metric].total).any():
+            raise UserError(f"{file}: metric {metric!r} has a sequence without tokens or a sum; measure drift again")
+    return sums
