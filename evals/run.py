@@ -144,12 +144,12 @@ def register(
     entry = run.manifest["eval"].setdefault(suite.name, {"protocol": dict(settings), "tasks": {}})
     for task, data in loaded.items():
         policies = entry["tasks"].get(task.name, {}).get("policies", {})
-        made = policies.get(policy, {"items": 0, "chat_template_sha256": template_sha256})
-        refuse_changes(run, f"{task.name} by {policy!r}", made, {"chat_template_sha256": template_sha256})
+        if made := policies.get(policy):
+            refuse_changes(run, f"{task.name} by {policy!r}", made, {"chat_template_sha256": template_sha256})
         policies[policy] = {
             "weights_sha256": run.node(policy)["weights_sha256"],
             "chat_template_sha256": template_sha256,
-            "items": max(made["items"], len(data.items[:limit])),
+            "items": len(data.items[:limit]),
         }
         entry["tasks"][task.name] = {
             "label": task.label,

@@ -18,8 +18,7 @@ from typing import Any
 
 import reasoning_gym
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from gift.data import Encoded, Example, normalize
 from gift.engine import barrier, export_checkpoint, init_distributed, rank
@@ -30,7 +29,7 @@ from gift.records import JsonlLog, package_versions, remove, sha256_file, sha256
 from gift.sft import Stage, train
 
 EVAL_VERSION = "1"
-SPECIAL_TOKENS = {"pad": "<|pad|>", "end": "<|end|>", "user": "<|user|>", "assistant": "<|assistant|>"}
+PAD, END, ROLES = "<|pad|>", "<|end|>", ("<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
@@ -201,28 +200,17 @@ def pretraining_text(count: int, seed: int) -> list[tuple[str, str]]:
 
 
 def train_tokenizer(texts: Sequence[str], vocab: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer that keeps every digit a token of its own and can spell any text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    """A byte-level BPE tokenizer in Qwen2's manner: every digit is a token of its own, and any text can be spelled.
+
+    It must be of Qwen2's class: AutoTokenizer goes by the model's architecture, whatever class the folder names.
+    """
+    tokenizer: PreTrainedTokenizerBase = Qwen2Tokenizer().train_new_from_iterator(
+        texts, vocab, new_special_tokens=[PAD, END, *ROLES], show_progress=False
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=list(SPECIAL_TOKENS.values()),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=SPECIAL_TOKENS["end"],
-        pad_token=SPECIAL_TOKENS["pad"],
-        additional_special_tokens=[SPECIAL_TOKENS["user"], SPECIAL_TOKENS["assistant"]],
-        model_max_length=WINDOW,
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    tokenizer.pad_token, tokenizer.eos_token, tokenizer.unk_token = PAD, END, PAD
+    tokenizer.model_max_length = WINDOW
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def cache_root() -> Path:

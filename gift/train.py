@@ -21,6 +21,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from diagnostics.run import measure_run
+from evals.run import engine_factory, evaluate
+from evals.suites import SUITES, find
 from gift import nano
 from gift.cli import UserError, run_command, say
 from gift.data import Encoded, Example, encode, fingerprint, read_examples, split, write_examples
@@ -32,6 +35,7 @@ from gift.recipe import Recipe, as_tree, load_recipe
 from gift.records import JsonlLog, RunDir, remove, sha256_json, sha256_weights, utc_now
 from gift.reference import Reference
 from gift.sft import Stage, train
+from reports.build import build_report, summary_table
 
 METRICS_KEY = ("policy", "stage", "event", "step")
 SUBSETS = ("sft", "rl", "validation")
@@ -39,10 +43,13 @@ SUBSETS = ("sft", "rl", "validation")
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the job: its name, its work, and roughly how many tokens it passes through a model."""
+    """One step of the job: its name, its work, and roughly how many tokens it passes through a model.
+
+    `work` returns None when all was done, or what could not be.
+    """
 
     name: str
-    work: Callable[[], None]
+    work: Callable[[], str | None]
     cost: float = 0.0
 
 
@@ -74,8 +81,11 @@ class Job:
             Step("report", self.report),
         ]
 
-    def execute(self) -> None:
-        """Runs every step that is not done yet, each announced with an estimate of what remains."""
+    def execute(self) -> bool:
+        """Runs every step that is not done yet, each announced with an estimate of what remains.
+
+        Returns whether all of them are done; a step that is not is tried again by the next start.
+        """
         steps = self.steps()
         remaining = sum(step.cost for step in steps if not self._done(step.name))
         spent, seconds = 0.0, 0.0
@@ -88,14 +98,18 @@ class Job:
             took = self._execute(step)
             remaining, spent, seconds = remaining - step.cost, spent + step.cost, seconds + took
             self._say(f"{title}: {clock(took)}")
+        return all(self._done(step.name) for step in steps)
 
     def _execute(self, step: Step) -> float:
         started = time.perf_counter()
         self._mark(step.name, status="running", started=utc_now())
-        step.work()
+        lacking = step.work()
         gc.collect()
         seconds = time.perf_counter() - started
-        self._mark(step.name, status="done", finished=utc_now(), seconds=round(seconds, 1))
+        status = "done" if lacking is None else "incomplete"
+        self._mark(step.name, status=status, reason=lacking, finished=utc_now(), seconds=round(seconds, 1))
+        if lacking is not None:
+            self._say(f"  {step.name}: incomplete: {lacking}")
         return seconds
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -180,17 +194,43 @@ class Job:
         label = f"{recipe.methods[name].label} + RL"
         self._finish(policy, label, name, "rl", name, steps, model, tokenizer)
 
-    def evaluate(self) -> None:
-        """Evaluates every checkpoint of the run on the recipe's suites."""
-        raise NotImplementedError
+    def evaluate(self) -> str | None:
+        """Evaluates every checkpoint of the run on the recipe's suites, on the first rank; says what could not be had."""
+        settings = self.recipe.eval
+        missing: dict[str, str] = {}
+        if rank() == 0:
+            for name in settings.suites:
+                evaluation = evaluate(
+                    self.run,
+                    [node["id"] for node in self.run.manifest["lineage"]],
+                    SUITES[name],
+                    SUITES[name].protocol,
+                    engine_for=engine_factory(self.run, "hf", "auto"),
+                    seed=self.recipe.seed,
+                    data_dir=Path(settings.data_dir) if settings.data_dir else None,
+                    limit=settings.limit,
+                )
+                missing.update(evaluation.missing)
+        barrier()
+        return "; ".join(missing.values()) or None
 
     def drift(self) -> None:
-        """Measures the drift of every pair of the lineage on the held-out expert solutions."""
-        raise NotImplementedError
+        """Measures the drift of every pair of the lineage on the held-out expert solutions, on the first rank."""
+        if rank() == 0:
+            settings = self.recipe.drift
+            measure_run(
+                self.run,
+                sequences=settings.sequences,
+                batch_size=settings.batch_size,
+                max_length=self.recipe.data.max_length,
+            )
+        barrier()
 
     def report(self) -> None:
-        """Builds the report."""
-        raise NotImplementedError
+        """Builds the report, on the first rank."""
+        if rank() == 0:
+            build_report([self.run.path], self.run.path / "report.html")
+        barrier()
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -313,20 +353,21 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    for suite in recipe.eval.suites:
+        find(SUITES, suite, "suite")
     quiet_libraries()
     init_distributed()
     if recipe.rl is not None and recipe.rl.batch_size % (recipe.rl.updates_per_batch * world_size()):
         raise UserError(f"rl.batch_size must be a multiple of rl.updates_per_batch x {world_size()} ranks")
     run = open_run(recipe, arguments.runs, arguments.overrides)
     with run.lock():
-        job = Job(recipe, run)
         started = time.perf_counter()
-        job.execute()
-        run.update(status="complete", finished=utc_now())
-    from reports.build import summary_table
-
-    say(f"\n{summary_table(run.path)}\n\nreport: {run.path / 'report.html'}   ({clock(time.perf_counter() - started)})")
-    return 0
+        complete = Job(recipe, run).execute()
+        run.update(status="complete" if complete else "failed", finished=utc_now())
+    if rank() == 0:
+        say(f"\n{summary_table(run.path)}\n")
+        say(f"report: {run.path / 'report.html'} (after {clock(time.perf_counter() - started)})")
+    return 0 if complete else 1
 
 
 if __name__ == "__main__":

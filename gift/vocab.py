@@ -21,7 +21,7 @@ masked label, ref_ce = +inf if the student masks an entry that the reference doe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,12 +120,8 @@ def _tile_shape(hidden: Tensor, vocab: int, chunk_tokens: int | None, chunk_voca
     return rows, max(1, min(columns, vocab))
 
 
-def _slices(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))
-
-
 class _Head:
-    """One model's hidden states [N, H] and LM head, as a source of tiles of logits, one block of the vocabulary at a time."""
+    """One model's hidden states [N, H] and LM head: its logits, one block of the vocabulary at a time."""
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, temperature: float
@@ -155,7 +151,7 @@ class _Head:
     def logits(self, rows: slice | Tensor, buffer: Tensor) -> Tensor:
         """The current block's logits of some tokens, written into the flat `buffer`."""
         states = self.states(rows)
-        tile = buffer[: len(states) * len(self.block)].view(len(states), len(self.block))
+        tile = _view(buffer, (len(states), len(self.block)))
         if self.operand_dtype == self.dtype:
             torch.mm(states, self.block.T, out=tile)
         else:
@@ -188,7 +184,7 @@ class _OnlineSoftmax:
         self.label_logit[rows] = torch.where(inside, logits.gather(1, index)[:, 0], self.label_logit[rows])
         top = torch.maximum(self.max[rows], logits.amax(-1))
         decay = torch.exp(self.max[rows] - top)
-        exps = torch.sub(logits, top[:, None], out=buffer[: logits.numel()].view_as(logits)).exp_()
+        exps = torch.sub(logits, top[:, None], out=_view(buffer, logits.shape)).exp_()
         self.max[rows] = top
         self.total[rows] = self.total[rows] * decay + exps.sum(-1)
         self.moments[:, rows] *= decay
@@ -199,12 +195,6 @@ class _OnlineSoftmax:
 
     def mean(self, moment: int) -> Tensor:
         return self.moments[moment] / self.total
-
-
-def _locate(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Which labels [n] lie in a block of the vocabulary, and their columns in it [n, 1] (some column for the others)."""
-    inside = (labels >= columns.start) & (labels < columns.stop)
-    return inside, torch.where(inside, labels - columns.start, 0)[:, None]
 
 
 class _VocabStats(torch.autograd.Function):
@@ -266,53 +256,61 @@ class _VocabStats(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, lse, entropy, ref_lse = ctx.saved_tensors
         g_logp, g_entropy, g_mean, g_ce = (None if grad is None else grad / ctx.temperature for grad in grads[:4])
-        student = _Head(hidden, weight, bias, ctx.dtype, ctx.temperature)
-        pi_factor = torch.zeros_like(lse)  # dz = pi * (pi_factor - g_entropy log pi) + terms without pi
-        for grad, sign in ((g_logp, -1), (g_mean, -1), (g_ce, 1)):
-            pi_factor += 0 if grad is None else sign * grad
+        student, reference = _Head(hidden, weight, bias, ctx.dtype, ctx.temperature), None
+        surprised = torch.zeros_like(labels, dtype=torch.bool)  # tokens whose gradient involves the reference
+        pi_factor = torch.zeros_like(lse)  # dz = pi * (pi_factor - g_entropy * log pi) + what is not a multiple of pi
+        if g_logp is not None:
+            pi_factor -= g_logp
         if g_entropy is not None:
             pi_factor -= g_entropy * entropy
-        reference, open_rows = None, torch.zeros_like(labels, dtype=torch.bool)
+        if g_mean is not None:
+            pi_factor -= g_mean
+            g_mean = g_mean / student.unmasked_size
         if g_ce is not None:
+            pi_factor += g_ce
+            surprised = _exceeds_rounding(g_ce, g_logp)
             reference = _Head(ref_hidden, ref_weight, ref_bias, ctx.dtype, ctx.temperature)
-            open_rows = _significant(g_ce, g_logp)
-        buffers = _buffers(2, ctx.tile, lse)
+        dz_buffer, buffer = _buffers(2, ctx.tile, lse)
+
+        def tile_gradient(rows: slice, columns: slice, local: Tensor) -> Tensor:
+            """dz of a tile; `local` are those of its rows that involve the reference."""
+            dz = student.logits(rows, dz_buffer).sub_(lse[rows, None])
+            if g_entropy is None:
+                dz.exp_().mul_(pi_factor[rows, None])
+            else:
+                pi = torch.exp(dz, out=_view(buffer, dz.shape))
+                dz.mul_(-g_entropy[rows, None]).add_(pi_factor[rows, None]).mul_(pi)
+            if g_logp is not None:
+                inside, index = _locate(labels[rows], columns)
+                dz.scatter_add_(1, index, torch.where(inside, g_logp[rows], 0)[:, None])
+            if g_mean is not None:
+                dz.add_(g_mean[rows, None] * (1 if student.unmasked is None else student.unmasked))
+            if g_ce is not None and reference and len(local):
+                tokens = local + rows.start
+                p = reference.logits(tokens, buffer).sub_(ref_lse[tokens, None]).exp_()
+                dz.index_add_(0, local, p.mul_(g_ce[tokens, None]), alpha=-1)
+            return dz
 
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.zeros_like(hidden, dtype=ctx.dtype) if wants_hidden else None
         d_weight = torch.zeros_like(weight) if wants_weight else None
         d_bias = torch.zeros_like(bias, dtype=ctx.dtype) if wants_bias else None
-        chunks = [(rows, open_rows[rows].nonzero()[:, 0]) for rows in _slices(len(hidden), ctx.tile[0])]
+        chunks = [(rows, surprised[rows].nonzero()[:, 0]) for rows in _slices(len(hidden), ctx.tile[0])]
         for columns in _slices(len(weight), ctx.tile[1]):
             student.load(columns)
             if reference:
                 reference.load(columns)
-            d_block = None if d_weight is None else d_weight[columns].to(ctx.dtype)
-            for rows, chosen in chunks:
-                dz = student.logits(rows, buffers[0]).sub_(lse[rows, None])
-                if g_entropy is None:
-                    dz.exp_().mul_(pi_factor[rows, None])
-                else:
-                    pi = torch.exp(dz, out=buffers[1][: dz.numel()].view_as(dz))
-                    dz.mul_(-g_entropy[rows, None]).add_(pi_factor[rows, None]).mul_(pi)
-                if g_logp is not None:
-                    inside, index = _locate(labels[rows], columns)
-                    dz.scatter_add_(1, index, torch.where(inside, g_logp[rows], 0)[:, None])
-                if g_mean is not None:
-                    share = (g_mean[rows] / student.unmasked_size)[:, None]
-                    dz.add_(share if student.unmasked is None else share * student.unmasked)
-                if reference and len(chosen):
-                    index = chosen + rows.start
-                    p = reference.logits(index, buffers[1]).sub_(ref_lse[index, None]).exp_().mul_(g_ce[index, None])
-                    dz.index_add_(0, chosen, p, alpha=-1)
+            d_block = None if d_weight is None else d_weight[columns].to(ctx.dtype)  # a view if no cast is needed
+            for rows, local in chunks:
+                dz = tile_gradient(rows, columns, local)
                 if d_bias is not None:
                     d_bias[columns] += dz.sum(0)
-                operand = dz.to(student.operand_dtype)
+                dz = dz.to(student.operand_dtype)
                 if d_hidden is not None:
-                    _add_product(d_hidden[rows], operand, student.block)
+                    _add_product(d_hidden[rows], dz, student.block)
                 if d_block is not None:
-                    _add_product(d_block, operand.T, student.states(rows))
-            if d_weight is not None and d_block is not None and d_block.dtype != d_weight.dtype:
+                    _add_product(d_block, dz.T, student.states(rows))
+            if d_weight is not None and d_block is not None and d_weight.dtype != ctx.dtype:
                 d_weight[columns] = d_block
         return (
             None if d_hidden is None else d_hidden.to(hidden.dtype),
@@ -322,19 +320,32 @@ class _VocabStats(torch.autograd.Function):
         )
 
 
+def _exceeds_rounding(g_ce: Tensor, g_logp: Tensor | None) -> Tensor:
+    """Which tokens [N] have a coefficient of the reference that exceeds the rounding error of that of their label.
+
+    Under GIFT the others are those where the base model is not surprised: their backward pass costs what SFT's costs.
+    """
+    return g_ce.abs() > (0 if g_logp is None else torch.finfo(g_ce.dtype).eps / 2 * g_logp.abs())
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
 def _buffers(count: int, tile: tuple[int, int], like: Tensor) -> list[Tensor]:
-    """Flat buffers, each as large as one tile."""
+    """Flat buffers of one tile each. Tiles at the edges are smaller: they use the beginning of a buffer."""
     return [like.new_empty(tile[0] * tile[1]) for _ in range(count)]
 
 
-def _significant(g_ce: Tensor, g_logp: Tensor | None) -> Tensor:
-    """Tokens [N] whose gradient needs the reference: those where its coefficient exceeds the rounding error of g_logp.
+def _view(buffer: Tensor, shape: Sequence[int]) -> Tensor:
+    """The beginning of a flat buffer as a contiguous matrix."""
+    return buffer[: shape[0] * shape[1]].view(shape[0], shape[1])
 
-    With GIFT most tokens of a demonstration are not among them (1 - w is tiny wherever the base model is not surprised):
-    their backward pass costs what that of SFT costs.
-    """
-    floor = 0.0 if g_logp is None else torch.finfo(g_ce.dtype).eps / 2 * g_logp.abs()
-    return g_ce.abs() > floor
+
+def _locate(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Which labels [n] lie in a block of the vocabulary, and their columns in it [n, 1] (0 for the others)."""
+    inside = (labels >= columns.start) & (labels < columns.stop)
+    return inside, torch.where(inside, labels - columns.start, 0)[:, None]
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

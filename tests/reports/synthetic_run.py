@@ -33,18 +33,33 @@ PAIRS = (
     ("base", "sft-rl"),
     ("base", "gift-rl"),
 )
-LEVELS = {"cos": 0.93, "l2": 4.2, "l2_rel": 0.4, "kl_new_old": 0.35, "kl_old_new": 0.41, "js": 0.08, "tv": 0.2,
-          "nll_a": 1.1, "nll_b": 0.6, "entropy_a": 1.2, "entropy_b": 0.7}  # fmt: skip
+LEVELS = {
+    "cos": 0.93,
+    "l2": 4.2,
+    "l2_rel": 0.4,
+    "kl_new_old": 0.35,
+    "kl_old_new": 0.41,
+    "js": 0.08,
+    "tv": 0.2,
+    "nll_a": 1.1,
+    "nll_b": 0.6,
+    "entropy_a": 1.2,
+    "entropy_b": 0.7,
+}
 TOP_K = (1, 5, 10, 20, 50, 100)
+Outcomes = dict[str, np.ndarray]
 STARTED = "2026-01-05T09:00:00+00:00"
 
 
 @dataclass
 class Truth:
-    """What was written: correct[policy][task] is 0/1 [items, runs, samples]; drift[pair][metric] is (n, sums) [sequences]."""
+    """What was written.
+
+    correct[policy][task] is 0/1 [items, runs, samples]; drift[pair][metric] is (n, sums), each [sequences].
+    """
 
     path: Path
-    correct: dict[str, dict[str, np.ndarray]]
+    correct: dict[str, Outcomes]
     drift: dict[tuple[str, str], dict[str, tuple[np.ndarray, np.ndarray]]]
 
     def counts(self, policy: str, task: str) -> list[tuple[int, int]]:
@@ -79,16 +94,20 @@ def write_run(
     return Truth(path, correct, drift)
 
 
-def draw_outcomes(
-    rng: np.random.Generator, ability: float, items: int, runs: int, samples: int
-) -> dict[str, np.ndarray]:
-    """0/1 outcomes [items, runs, samples] by task; item difficulties are shared by all policies."""
+def draw_outcomes(rng: np.random.Generator, ability: float, items: int, runs: int, samples: int) -> Outcomes:
+    """0/1 outcomes by task; item difficulties are shared by all policies, and the last task has half the items."""
     outcomes = {}
-    for task, (_, _, ease) in TASKS.items():
-        difficulty = np.random.default_rng(len(task)).normal(0, 1.5, items)
+    for number, (task, (_, _, ease)) in enumerate(TASKS.items()):
+        count = task_items(task, items)
+        difficulty = np.random.default_rng(number).normal(0, 1.5, count)
         rates = 1 / (1 + np.exp(difficulty - ability - ease))
-        outcomes[task] = (rng.random((items, runs, samples)) < rates[:, None, None]).astype(int)
+        outcomes[task] = (rng.random((count, runs, samples)) < rates[:, None, None]).astype(int)
     return outcomes
+
+
+def task_items(task: str, items: int) -> int:
+    """Items of a task: sizes differ, so that averages over tasks and over items do too."""
+    return items // 2 if task == "products" else items
 
 
 def draw_drift(rng: np.random.Generator, number: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -101,19 +120,23 @@ def draw_drift(rng: np.random.Generator, number: int) -> dict[str, tuple[np.ndar
 
 def manifest(name: str, policies: tuple[str, ...], items: int, runs: int, samples: int, status: str) -> dict[str, Any]:
     """A training run's manifest."""
-    steps = ["base", "data", "init sft", "init gift", "rl sft", "rl gift", "eval", "drift", "report"]
+    steps = ("base", "data", "init sft", "init gift", "rl sft", "rl gift", "eval", "drift", "report")
+    step = {"status": "done", "started": STARTED, "finished": STARTED, "seconds": 100.0}
+    subsets = {"sft": 2000, "rl": 1000, "validation": 128}
+    keys = ("id", "label", "parent", "stage", "method")
+    weights = {"weights_sha256": "c4" * 32}
     return {
         "schema_version": 1,
         "kind": "train",
         "name": name,
         "status": status,
         "created": STARTED,
-        "finished": "2026-01-05T09:14:20+00:00" if status == "complete" else None,
+        "finished": STARTED,
         "command": ["train.py", "nano", "seed=3"],
         "recipe": {
             "name": "nano",
             "base": {"model": "nano", "revision": None},
-            "data": {"source": "nano", "sft": 2000, "rl": 1000, "validation": 128},
+            "data": {"source": "nano", **subsets},
             "methods": {
                 "sft": {"objective": "sft", "label": "SFT", "options": {}},
                 "gift": {"objective": "gift", "label": "GIFT", "options": {"beta": 20.0}},
@@ -124,67 +147,78 @@ def manifest(name: str, policies: tuple[str, ...], items: int, runs: int, sample
         },
         "recipe_sha256": "0f" * 32,
         "overrides": ["seed=3"],
-        "seeds": {"train": 3, "eval": 1},
+        "seeds": {"run": 3, "base": 1},
         "data": {
-            subset: {"name": "nano", "revision": "1", "sha256": f"{index}a" * 32, "rows": rows}
-            for index, (subset, rows) in enumerate({"sft": 2000, "rl": 1000, "validation": 128}.items())
+            subset: {"name": "nano", "revision": "1", "sha256": "ab" * 32, "rows": rows}
+            for subset, rows in subsets.items()
         },
         "lineage": [
-            {"id": id, "label": label, "parent": parent, "stage": stage, "method": method,
-             "checkpoint": f"checkpoints/{id}", "weights_sha256": "c4" * 32}
-            for id, label, parent, stage, method in LINEAGE if id in policies
-        ],  # fmt: skip
-        "steps": {
-            step: {"status": "done", "started": STARTED, "finished": STARTED, "seconds": 100.0 + index}
-            for index, step in enumerate(steps)
-        },
-        "eval": {
-            "nano": {
-                "protocol": {"temperature": 1.0, "top_p": 1.0, "max_tokens": 192, "runs": runs,
-                             "samples_per_run": samples, "seed": 1, "prompt": "nano-1", "engine": "hf", "dtype": "float32"},
-                "tasks": {
-                    task: {"label": label, "group": group, "items": items,
-                           "source": {"name": "reasoning-gym", "revision": "0.1.25", "sha256": "9b" * 32, "rows": items},
-                           "grader": {"name": "math", "version": "1"}}
-                    for task, (label, group, _) in TASKS.items()
-                },
-            }
-        },
+            {**dict(zip(keys, entry, strict=True)), "checkpoint": f"checkpoints/{entry[0]}", **weights}
+            for entry in LINEAGE
+            if entry[0] in policies
+        ],
+        "steps": dict.fromkeys(steps, step),
+        "eval": {"nano": {"protocol": protocol(runs, samples), "tasks": tasks(items)}},
         "drift": {
-            "definitions": {"cos": "cosine similarity of two post-final-norm states", "l2": "Euclidean distance of the two states",
-                            "kl_new_old": "KL(later || earlier), nats per token", "kl_old_new": "KL(earlier || later), nats per token"},
+            "definitions": {
+                "cos": "cosine similarity of the two states",
+                "l2": "Euclidean distance of the two states",
+                "kl_new_old": "KL(later || earlier), nats per token",
+                "kl_old_new": "KL(earlier || later), nats per token",
+            },
             "sequences": 40,
         },
         "code": {"commit": "1234567890abcdef1234567890abcdef12345678", "dirty": False},
         "packages": {"python": "3.11.9", "torch": "2.13.0", "transformers": "5.19.0"},
         "hardware": {"machine": "x86_64", "processor": "Example CPU", "cores": 2, "memory": 8 * 2**30, "gpus": []},
-    }  # fmt: skip
+    }
+
+
+def protocol(runs: int, samples: int) -> dict[str, Any]:
+    """The evaluation protocol."""
+    sampling = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 192, "runs": runs, "samples_per_run": samples}
+    return {**sampling, "seed": 1, "prompt": "nano-1", "engine": "hf", "dtype": "float32"}
+
+
+def tasks(items: int) -> dict[str, Any]:
+    """The evaluated tasks."""
+    source = {"name": "reasoning-gym", "revision": "0.1.25", "sha256": "9b" * 32}
+    return {
+        task: {
+            "label": label,
+            "group": group,
+            "items": task_items(task, items),
+            "source": {**source, "rows": task_items(task, items)},
+            "grader": {"name": "math", "version": "1"},
+        }
+        for task, (label, group, _) in TASKS.items()
+    }
 
 
 def metrics(rng: np.random.Generator, policies: tuple[str, ...]) -> list[dict[str, Any]]:
     """Learning curves of both stages."""
     rows: list[dict[str, Any]] = []
-    for policy, floor in (("sft", 0.42), ("gift", 0.4)):
+    for policy, floor, rise in (("sft", 0.42, 0.012), ("gift", 0.4, 0.0)):
         for epoch in range(7):
-            loss = floor + 0.8 * 0.45**epoch + (0.012 * epoch**1.5 if policy == "sft" else 0.0)
-            rows.append({"policy": policy, "stage": "init", "event": "validation", "step": 20 * epoch + 1, "epoch": epoch,
-                         "val_nll": loss, "val_tokens": 5210})  # fmt: skip
+            loss = floor + 0.8 * 0.45**epoch + rise * epoch**1.5
+            row = {"policy": policy, "stage": "init", "event": "validation", "step": 20 * epoch + 1}
+            rows.append({**row, "epoch": epoch, "val_nll": loss, "val_tokens": 5210})
     for policy, top in (("sft-rl", 0.62), ("gift-rl", 0.72)):
         for step in range(1, 61):
+            row = {"policy": policy, "stage": "rl", "step": step}
             reward = 0.45 + (top - 0.45) * (1 - np.exp(-step / 20)) + rng.normal(0, 0.03)
-            rows.append({"policy": policy, "stage": "rl", "event": "train", "step": step, "reward_mean": float(reward)})
+            rows.append({**row, "event": "train", "reward_mean": float(reward)})
             if step % 10 == 0:
-                rows.append({"policy": policy, "stage": "rl", "event": "validation", "step": step,
-                             "val_accuracy": float(np.clip(reward, 0, 1)), "val_items": 128, "val_samples": 128})  # fmt: skip
+                rows.append({**row, "event": "validation", "val_accuracy": float(reward), "val_items": 128})
     return [row for row in rows if row["policy"] in policies]
 
 
-def write_items(file: Path, correct: dict[str, dict[str, np.ndarray]]) -> None:
+def write_items(file: Path, correct: dict[str, Outcomes]) -> None:
     """items.parquet from the outcomes."""
     rows = [
         (task, f"{task}-{item}", policy, run, outcome.shape[2], int(outcome[item, run].sum()))
-        for policy, tasks in correct.items()
-        for task, outcome in tasks.items()
+        for policy, by_task in correct.items()
+        for task, outcome in by_task.items()
         for item in range(outcome.shape[0])
         for run in range(outcome.shape[1])
     ]
@@ -192,20 +226,34 @@ def write_items(file: Path, correct: dict[str, dict[str, np.ndarray]]) -> None:
     write_table(file, dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
 
 
-def write_samples(folder: Path, correct: dict[str, dict[str, np.ndarray]], completion: str | None) -> None:
+def write_samples(folder: Path, correct: dict[str, Outcomes], completion: str | None) -> None:
     """samples/<policy>/<task>.jsonl from the outcomes."""
-    for policy, tasks in correct.items():
-        for task, outcome in tasks.items():
+    for policy, by_task in correct.items():
+        for task, outcome in by_task.items():
             lines = []
             for (item, run, sample), right in np.ndenumerate(outcome):
                 answer = str(40 + item + (0 if right else 3))
-                lines.append({
-                    "task": task, "item": f"{task}-{item}", "policy": policy, "run": run, "sample": sample, "seed": 11,
-                    "prompt": f"What is 13 + {item} + 27?\nShow your steps.", "tokens": 24, "finish_reason": "stop",
-                    "completion": completion if completion is not None else f"13 + {item} = {13 + item}\n{13 + item} + 27 = {answer}\nAnswer: {answer}",
-                    "max_tokens": 192, "gold": str(40 + item), "extracted": answer if completion is None else completion,
-                    "status": "correct" if right else "wrong", "score": float(right), "method": "math",
-                })  # fmt: skip
+                worked = f"13 + {item} = {13 + item}\n{13 + item} + 27 = {answer}\nAnswer: {answer}"
+                lines.append(
+                    {
+                        "task": task,
+                        "item": f"{task}-{item}",
+                        "policy": policy,
+                        "run": run,
+                        "sample": sample,
+                        "seed": 11,
+                        "prompt": f"What is 13 + {item} + 27?\nShow your steps.",
+                        "completion": worked if completion is None else completion,
+                        "tokens": 24,
+                        "finish_reason": "stop",
+                        "max_tokens": 192,
+                        "gold": str(40 + item),
+                        "extracted": answer if completion is None else completion,
+                        "status": "correct" if right else "wrong",
+                        "score": float(right),
+                        "method": "math",
+                    }
+                )
             (folder / policy).mkdir(parents=True, exist_ok=True)
             (folder / policy / f"{task}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
