@@ -9,7 +9,7 @@ from dataclasses import replace
 from evals.stats import Interval, accuracy_interval, pass_at_k_interval
 from reports.commands import evaluate_command
 from reports.comparisons import paired
-from reports.rundata import STAGE_LABELS, Counts, Policy, RunData, Suite, Task
+from reports.rundata import NOT_EVALUATED, STAGE_LABELS, Counts, Policy, RunData, Suite, Task
 from reports.tables import LEVEL, Cell, Column, Missing, Row, Table, holm, mark_best
 
 TABLE_KS = (1, 2, 4, 8)
@@ -23,18 +23,8 @@ PassAtK = dict[tuple[str, str], dict[int, Cell]]
 def cell_of(run: RunData, suite: Suite, policy: Policy, task: Task, estimate: Callable[[Counts], Interval]) -> Cell:
     """An estimate over a policy's items of a task in percent; without a value where it was not evaluated."""
     counts = run.counts.get((policy.id, task.name))
-    if not counts:
-        return Cell(reason="not evaluated")
-    return Cell.of(estimate(counts), 100.0, reason=shortfall(counts, suite, task))
-
-
-def shortfall(counts: Counts, suite: Suite, task: Task) -> str:
-    """'' if every item has all its samples, else how much of the evaluation is there."""
-    if len(counts) != task.items:
-        return f"partial: {len(counts)} of {task.items} items"
-    samples = sum(n for n, _ in counts.values())
-    wanted = suite.samples * task.items
-    return "" if samples == wanted else f"partial: {samples} of {wanted} samples"
+    reason = run.shortfall(suite, policy, task)
+    return Cell.of(estimate(counts), 100.0, reason) if counts else Cell(reason=reason)
 
 
 def pass_at_1(counts: Counts) -> Interval:
@@ -189,17 +179,11 @@ def evaluation_gaps(run: RunData) -> list[Missing]:
         if suite.samples == 1:
             gaps.append(Missing(f"pass@k, suite {suite.name}", "the protocol takes one sample per item"))
         for policy in run.policies:
-            lacking = {
-                task.label: shortfall(counts, suite, task)
-                if (counts := run.counts.get((policy.id, task.name)))
-                else "not evaluated"
-                for task in suite.tasks
-            }
-            lacking = {task: reason for task, reason in lacking.items() if reason}
-            if len(lacking) == len(suite.tasks) and set(lacking.values()) == {"not evaluated"}:
-                gaps.append(Missing(f"Evaluation of {policy.label}", f"not evaluated on suite {suite.name}", command))
+            reasons = {task.label: run.shortfall(suite, policy, task) for task in suite.tasks}
+            if set(reasons.values()) == {NOT_EVALUATED}:
+                gaps.append(Missing(f"{policy.label} on suite {suite.name}", NOT_EVALUATED, command))
             else:
-                gaps += [Missing(f"{policy.label} on {task}", reason, command) for task, reason in lacking.items()]
+                gaps += [Missing(f"{policy.label} on {task}", why, command) for task, why in reasons.items() if why]
     described = {task.name for suite in run.suites for task in suite.tasks}
     for name in sorted({task for _, task in run.counts} - described):
         gaps.append(Missing(f"Task {name}", "items.parquet has it, manifest.json does not describe it"))

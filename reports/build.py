@@ -15,7 +15,7 @@ from gift.records import write_text
 from reports.overview import summary
 from reports.page import RunView, render, view
 from reports.rundata import load_run
-from reports.tables import to_text
+from reports.tables import by_command, to_text
 
 
 def build_report(runs: Sequence[Path], out: Path) -> Path:
@@ -70,8 +70,10 @@ def main(argv: list[str]) -> int:
     write_text(out, render(views))
     for one in views:
         print(to_text(one.summary))
-        for gap in one.missing:
-            print(f"missing: {gap.what}: {gap.why}" + (f" (make it: {gap.command})" if gap.command else ""))
+        for command, gaps in by_command(one.missing).items():
+            print("\n".join(f"missing: {gap.what}: {gap.why}" for gap in gaps))
+            if command:
+                print(f"  to make: {command}")
     print(f"wrote {out} ({out.stat().st_size / 1024:,.0f} KiB)")
     return 0
 

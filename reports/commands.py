@@ -11,9 +11,7 @@ MODULES = {"train": "gift.train", "eval": "evals.run", "drift": "diagnostics.run
 
 def own_command(run: RunData) -> str:
     """The command that made the run; started again, it does what is left."""
-    command = run.manifest.get("command") or [""]
-    module = MODULES.get(str(run.manifest.get("kind")), str(command[0]))
-    return shlex.join(["python", "-m", module, *map(str, command[1:])])
+    return shlex.join(["python", "-m", MODULES.get(run.kind, "gift.train"), *map(str, run.manifest["command"][1:])])
 
 
 def evaluate_command(run: RunData, suite: str = "all") -> str:

@@ -91,8 +91,10 @@ def comparisons(run: RunData, suite: Suite, reference: str = "sft") -> list[Comp
             for scope, tasks in scopes(suite):
                 result = paired(run, policy.id, other.id, tasks)
                 if result is not None:
+                    whole = not any(run.shortfall(suite, one, task) for one in (policy, other) for task in tasks)
                     points = (100 * result.difference, 100 * result.low, 100 * result.high)
-                    found.append(Comparison(policy, other, scope, *points, result.p_value, result.items))
+                    label = scope if whole else f"{scope} (partial)"
+                    found.append(Comparison(policy, other, label, *points, result.p_value, result.items))
     return found
 
 

@@ -124,7 +124,7 @@ def drift_table(run: RunData) -> Table:
 
 def definitions(run: RunData) -> dict[str, str]:
     """The metrics' definitions as the run recorded them."""
-    stated: Any = (run.manifest.get("drift") or {}).get("definitions") or {}
+    stated: Any = run.manifest["drift"].get("definitions") or {}
     return {str(metric): str(text) for metric, text in stated.items()}
 
 

@@ -13,6 +13,7 @@ from reports.tables import Missing
 
 EXAMPLES = 4
 MOST_CHARACTERS = 600
+MOST_EXTRACTED = 60
 VERDICTS = {
     "correct": "✓ correct",
     "wrong": "✗ wrong",
@@ -78,29 +79,29 @@ def example(run: RunData, task: Task, item: str, firsts: Samples) -> Example:
     """An item with the answers of the policies that have samples."""
     answers = [answer(policy, firsts[policy.id][item]) for policy in run.policies if policy.id in firsts]
     row = next(iter(firsts.values()))[item]
-    prompt, more = cut(str(row["prompt"]))
-    return Example(task.label, item, prompt + ("…" if more else ""), str(row.get("gold", "")), answers)
+    prompt = shorten(str(row["prompt"]), MOST_CHARACTERS)
+    return Example(task.label, item, prompt, shorten(str(row.get("gold", "")), MOST_EXTRACTED), answers)
 
 
 def answer(policy: Policy, row: Mapping[str, Any]) -> Answer:
     """A sample for display."""
-    text, more = cut(str(row["completion"]))
+    text = str(row["completion"])
     extracted = row.get("extracted")
     ending = "cut at the limit" if row.get("finish_reason") == "length" else "ended by itself"
     return Answer(
         policy=policy.id,
         label=policy.label,
         verdict=VERDICTS.get(str(row["status"]), str(row["status"])),
-        extracted="nothing" if extracted is None else cut(str(extracted))[0],
+        extracted="nothing" if extracted is None else shorten(str(extracted), MOST_EXTRACTED),
         length=f"{row['tokens']} tokens, {ending}" if "tokens" in row else ending,
-        text=text,
-        more=more,
+        text=text[:MOST_CHARACTERS],
+        more=max(0, len(text) - MOST_CHARACTERS),
     )
 
 
-def cut(text: str) -> tuple[str, int]:
-    """The text's beginning and how many characters were left out."""
-    return text[:MOST_CHARACTERS], max(0, len(text) - MOST_CHARACTERS)
+def shorten(text: str, most: int) -> str:
+    """The text, or its beginning and an ellipsis."""
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def example_gaps(run: RunData, suite: Suite, found: Sequence[Example]) -> list[Missing]:

@@ -39,22 +39,22 @@ class Headline:
 
 def facts(run: RunData) -> list[tuple[str, str]]:
     """What was compared, as (label, text), from the manifest alone."""
-    manifest, recipe = run.manifest, run.manifest.get("recipe") or {}
+    manifest, recipe = run.manifest, run.manifest["recipe"]
     base = (
         (recipe.get("base") or {}).get("model")
         or recipe.get("model")
         or ", ".join(policy.checkpoint for policy in run.stage("base"))
     )
     methods = [method_text(policy, recipe.get("methods") or {}) for policy in run.stage("init")]
-    rows = {subset: about.get("rows") for subset, about in (manifest.get("data") or {}).items()}
+    rows = {subset: about.get("rows") for subset, about in manifest["data"].items()}
     found = {
         "Base": str(base),
         "Methods": ", ".join(methods),
         "Data": ", ".join(f"{subset} {count:,}" for subset, count in rows.items() if isinstance(count, int)),
         "Evaluation": "; ".join(protocol_text(suite) for suite in run.suites),
-        "Seeds": ", ".join(f"{name} {seed}" for name, seed in (manifest.get("seeds") or {}).items()),
+        "Seeds": ", ".join(f"{name} {seed}" for name, seed in manifest["seeds"].items()),
         "Wall time": wall_time(run.steps),
-        "Hardware": hardware_text(manifest.get("hardware") or {}),
+        "Hardware": hardware_text(manifest["hardware"]),
         "Begun": time_text(manifest.get("created")),
     }
     return [(label, text or "not recorded") for label, text in found.items()]
@@ -80,7 +80,7 @@ def protocol_text(suite: Suite) -> str:
 def wall_time(steps: Mapping[str, Mapping[str, Any]]) -> str:
     """The time all steps took together."""
     seconds = [step["seconds"] for step in steps.values() if isinstance(step.get("seconds"), int | float)]
-    return f"{duration(sum(seconds))} in {len(seconds)} steps" if seconds else ""
+    return f"{duration(sum(seconds))} in {len(seconds)} step{'s' if len(seconds) > 1 else ''}" if seconds else ""
 
 
 def time_text(time: Any) -> str:
@@ -104,7 +104,7 @@ def headlines(run: RunData, pass1: Sequence[Table], compared: Sequence[Compariso
 
     What the run does not have is a headline without a value where a training run should have it.
     """
-    whole = run.manifest.get("kind") == "train"
+    whole = run.kind == "train"
     found = [best_headline(table) for table in pass1[:1]]
     if not pass1 and whole:
         found.append(Headline("Best pass@1", "–", "no policy has been evaluated"))
@@ -192,7 +192,7 @@ def summary(run: RunData) -> Table:
             many = [pass_at_k_cell(run, suite, policy, task, k) for task in tasks]
             for key, found in (("pass1", ones), ("passk", many)):
                 cells[policy.id][key] = found[0] if len(found) == 1 else average(found)
-    if run.drift or run.manifest.get("kind") != "eval":
+    if run.drift or run.kind != "eval":
         columns += [Column(key, label, "from the base", decimals=3) for key, label, _ in FROM_BASE]
         parts.append("drift from the base")
         for base in run.stage("base")[:1]:
@@ -216,7 +216,7 @@ def summary(run: RunData) -> Table:
 
 def gaps(run: RunData) -> list[Missing]:
     """Everything this kind of run should hold and does not, with the reason and the command that makes it."""
-    command, kind = own_command(run), run.manifest.get("kind")
+    command, kind = own_command(run), run.kind
     found = unfinished(run, command)
     if kind == "train":
         found += lineage_gaps(run, command) + training_gaps(run, command)
@@ -232,7 +232,7 @@ def unfinished(run: RunData, command: str) -> list[Missing]:
     found = []
     if run.status == "running":
         found.append(Missing("The rest of the run", "still at work, or interrupted", command))
-    elif run.status != "complete":
+    elif run.status not in {"complete", "incomplete"}:
         found.append(Missing("The rest of the run", f"status {run.status!r}", command))
     for name, step in run.unfinished_steps.items():
         reason = step.get("error") or step.get("reason")
@@ -242,7 +242,7 @@ def unfinished(run: RunData, command: str) -> list[Missing]:
 
 def lineage_gaps(run: RunData, command: str) -> list[Missing]:
     """Policies that the recipe asks for and the lineage does not have."""
-    recipe = run.manifest.get("recipe") or {}
+    recipe = run.manifest["recipe"]
     found = []
     if not run.stage("base"):
         found.append(Missing("Base", "the lineage has no base model", command))

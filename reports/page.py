@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from reports.figures import Figure
 from reports.overview import Headline
 from reports.rundata import RunData, Suite
 from reports.style import Look, looks
-from reports.tables import Missing, Table, visible
+from reports.tables import Missing, Table, by_command, slug, visible
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -121,7 +120,7 @@ def accuracy_section(run: RunData, pass1: Mapping[str, Table], compared: Mapping
             pieces.append(Piece("table", pass1[suite.name]))
         if compared[suite.name]:
             pieces.append(Piece("table", comparisons.comparison_table(run, suite, compared[suite.name])))
-    missing = accuracy.evaluation_gaps(run) if run.manifest.get("kind") in {"train", "eval"} else []
+    missing = accuracy.evaluation_gaps(run) if run.kind in {"train", "eval"} else []
     return Section("accuracy", "Accuracy", "What each policy solves with one sample.", pieces, missing)
 
 
@@ -141,7 +140,7 @@ def pass_at_k_section(run: RunData) -> Section:
 def training_section(run: RunData) -> Section:
     """The learning curves of both stages."""
     drawn = [figures.validation_loss(run), figures.rl_curves(run)]
-    expected = run.manifest.get("kind") == "train"
+    expected = run.kind == "train"
     return Section(
         "training",
         "Training",
@@ -159,7 +158,7 @@ def drift_section(run: RunData) -> Section:
         overlap = figures.overlap_figure(run)
         pieces += [Piece("figure", overlap)] if overlap else []
         pieces.append(Piece("folded", drift.all_metrics_table(run)))
-    missing = drift.drift_gaps(run) if run.manifest.get("kind") in {"train", "drift"} else []
+    missing = drift.drift_gaps(run) if run.kind in {"train", "drift"} else []
     lead = "How far the policies moved, with the same held-out expert solutions read by every checkpoint."
     return Section("drift", "Drift", lead, pieces, missing)
 
@@ -189,11 +188,6 @@ def settings_section(run: RunData) -> Section:
 # HTML
 
 
-def slug(text: str) -> str:
-    """The text as an id: letters, digits, dot, dash and underscore; everything else becomes a dash."""
-    return re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)
-
-
 def shown(value: Any) -> Any:
     """What the template prints for a value: markup as it is, text with its invisible characters made visible."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
@@ -219,9 +213,9 @@ def render(views: Sequence[RunView]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["slug"] = slug
+    environment.filters |= {"slug": slug, "by_command": by_command}
     script = (TEMPLATES / "script.js").read_text(encoding="utf-8")
-    files = [[view.data.name, sorted(view.files.items())] for view in views]
+    files = [sorted(view.files.items()) for view in views]
     return environment.get_template("report.html").render(
         runs=views,
         title=" · ".join(view.data.name for view in views),

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
 from reports.style import Look
+from reports.tables import slug, visible
 
 # Colours that the page's stylesheet replaces, so that one drawing serves light, dark and paper.
 THEMED = {"#010101": "var(--ink)", "#020202": "var(--muted)", "#030303": "var(--rule)", "#040404": "var(--card)"}
@@ -29,6 +30,7 @@ ROUND = (1, 2, 2.5, 5, 10)
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.size": 8.5,
+    "text.parse_math": False,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
     "axes.linewidth": 0.7,
@@ -86,7 +88,7 @@ class Plot:
             axes = canvas.add_axes(AXES)
             for line in self.lines:
                 draw_line(axes, line)
-            axes.set_title(self.title)
+            axes.set_title(visible(self.title))
             axes.set_xlabel(self.xlabel)
             axes.set_ylabel(self.ylabel)
             axes.yaxis.set_major_locator(MaxNLocator(6, steps=ROUND))
@@ -101,7 +103,7 @@ class Plot:
             file = io.StringIO()
             no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
             canvas.savefig(file, format="svg", metadata=no_metadata)
-        return embed(file.getvalue(), self.id, self.title, self.description)
+        return embed(file.getvalue(), slug(self.id), visible(self.title), visible(self.description))
 
 
 def draw_line(axes: Any, line: Line) -> None:
@@ -130,7 +132,7 @@ def label_lines(axes: Any, lines: Sequence[Line]) -> None:
     to_share = axes.transData + axes.transAxes.inverted()
     ends = [tuple(to_share.transform((line.x[-1], line.y[-1]))) for line in lines]
     for line, (x, y), place in zip(lines, ends, spread([y for _, y in ends]), strict=True):
-        name = line.label if len(line.label) <= 20 else line.label[:19] + "…"
+        name = visible(line.label if len(line.label) <= 20 else line.label[:19] + "…")
         axes.annotate(
             name,
             (x, y),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
@@ -21,6 +21,9 @@ STAGES: tuple[Stage, ...] = ("base", "init", "rl")
 STAGE_LABELS: dict[Stage, str] = {"base": "", "init": "After initialization", "rl": "After RL"}
 ITEM_COLUMNS = ("task", "item", "policy", "run", "n", "correct")
 DRIFT_COLUMNS = ("metric", "sequence", "n", "sum")
+MAPPINGS = ("recipe", "seeds", "data", "steps", "eval", "drift", "code", "packages", "hardware")
+LISTS = ("lineage", "command", "overrides")
+NOT_EVALUATED = "not evaluated"
 REPORT_STEP = "report"
 SAMPLE_KEYS = ("item", "run", "sample", "prompt", "completion", "status")
 
@@ -101,17 +104,20 @@ class RunData:
         return str(self.manifest.get("name") or self.path.name)
 
     @property
+    def kind(self) -> str:
+        """'train', 'eval' or 'drift': what the run is expected to hold."""
+        return str(self.manifest.get("kind"))
+
+    @property
     def steps(self) -> Mapping[str, Mapping[str, Any]]:
         """The run's steps but the one that makes the report, which is at work whenever it reads this."""
-        steps = mapped(self.path, self.manifest, "steps")
-        return {name: step for name, step in steps.items() if name != REPORT_STEP}
+        return {name: step for name, step in self.manifest["steps"].items() if name != REPORT_STEP}
 
     @property
     def status(self) -> str:
-        """The manifest's status; 'complete' also where only the report is left to make."""
-        last = REPORT_STEP in mapped(self.path, self.manifest, "steps")
-        if self.manifest.get("status") == "running" and last and not self.unfinished_steps:
-            return "complete"
+        """The manifest's status; where only the report is left to make, 'complete' or 'incomplete' as the steps are."""
+        if self.manifest.get("status") == "running" and REPORT_STEP in self.manifest["steps"]:
+            return "incomplete" if self.unfinished_steps else "complete"
         return str(self.manifest.get("status"))
 
     @property
@@ -126,6 +132,16 @@ class RunData:
     def policy(self, stage: Stage, method: str) -> Policy | None:
         """The policy a method reached at a stage."""
         return next((policy for policy in self.stage(stage) if policy.method == method), None)
+
+    def shortfall(self, suite: Suite, policy: Policy, task: Task) -> str:
+        """'' if every item of a task has all its samples of a policy, else how much of the evaluation is there."""
+        counts = self.counts.get((policy.id, task.name))
+        if not counts:
+            return NOT_EVALUATED
+        if len(counts) != task.items:
+            return f"partial: {len(counts)} of {task.items} items"
+        samples, wanted = sum(n for n, _ in counts.values()), suite.samples * task.items
+        return "" if samples == wanted else f"partial: {samples} of {wanted} samples"
 
     def log(self, policy: str, event: str, *needed: str) -> list[Mapping[str, Any]]:
         """The logged rows of an event of a policy that hold all `needed` numbers, by step."""
@@ -152,14 +168,14 @@ def load_run(path: Path) -> RunData:
 
     Raises UserError naming the file where it is not a run directory or a file in it is damaged.
     """
-    manifest = RunDir.open(path).manifest
+    manifest = read_manifest(path)
     files = {"manifest.json": sha256_file(path / "manifest.json")}
-    policies = tuple(read_policy(path, entry) for entry in listed(path, manifest, "lineage"))
+    policies = tuple(read_policy(path, entry) for entry in manifest["lineage"])
     run = RunData(
         path=path,
         manifest=manifest,
         policies=tuple(sorted(policies, key=lambda policy: STAGES.index(policy.stage))),
-        suites=tuple(read_suite(path, name, entry) for name, entry in mapped(path, manifest, "eval").items()),
+        suites=tuple(read_suite(path, name, entry) for name, entry in manifest["eval"].items()),
         counts=read_counts(path / "items.parquet"),
         metrics=read_jsonl(path / "metrics.jsonl"),
         drift={pair: read_drift(file) for pair, file in drift_files(path).items()},
@@ -175,20 +191,19 @@ def damaged(path: Path, what: str) -> NoReturn:
     raise UserError(f"{path / 'manifest.json'}: {what}; restore the manifest or make the run again")
 
 
-def mapped(path: Path, manifest: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """A mapping of the manifest, {} where it is absent. Raises UserError if it is something else."""
-    value = manifest.get(key) or {}
-    if not isinstance(value, dict):
-        damaged(path, f"{key!r} is not a mapping")
-    return cast("dict[str, Any]", value)
-
-
-def listed(path: Path, manifest: Mapping[str, Any], key: str) -> list[Any]:
-    """A list of the manifest, [] where it is absent. Raises UserError if it is something else."""
-    value = manifest.get(key) or []
-    if not isinstance(value, list):
-        damaged(path, f"{key!r} is not a list")
-    return value
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest with its absent mappings and lists empty. Raises UserError if one of them is something else."""
+    manifest = dict(RunDir.open(path).manifest)
+    for key in (*MAPPINGS, *LISTS):
+        kind: type = dict if key in MAPPINGS else list
+        manifest[key] = kind() if manifest.get(key) is None else manifest[key]
+        if not isinstance(manifest[key], kind):
+            damaged(path, f"{key!r} is not a {'mapping' if kind is dict else 'list'}")
+    for key in ("data", "steps"):
+        for name, entry in manifest[key].items():
+            if not isinstance(entry, dict):
+                damaged(path, f"{name!r} of {key!r} is not a mapping")
+    return manifest
 
 
 def read_policy(path: Path, entry: Any) -> Policy:

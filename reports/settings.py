@@ -63,10 +63,10 @@ def settings_tables(run: RunData) -> list[Table]:
 
 def recipe_table(manifest: Mapping[str, Any]) -> Table:
     """The resolved recipe by dotted key, the way the command line takes it; overridden keys are said to be."""
-    overridden = {str(override).partition("=")[0] for override in manifest.get("overrides") or []}
+    overridden = {str(override).partition("=")[0] for override in manifest["overrides"]}
     rows = [
         (key, value, "override" if any(key == name or key.startswith(f"{name}.") for name in overridden) else "recipe")
-        for key, value in flatten(manifest.get("recipe") or {})
+        for key, value in flatten(manifest["recipe"])
     ]
     caption = f"Resolved recipe, {len(overridden)} overrides; sha256 {manifest.get('recipe_sha256') or 'not recorded'}."
     return text_table("recipe", "Recipe", caption, ("Key", "Value", "Set by"), rows)
@@ -76,14 +76,14 @@ def data_table(manifest: Mapping[str, Any]) -> Table:
     """The data subsets with their size, revision and hash."""
     rows = [
         (subset, about.get("name"), about.get("rows"), about.get("revision"), about.get("sha256"))
-        for subset, about in (manifest.get("data") or {}).items()
+        for subset, about in manifest["data"].items()
     ]
     return text_table("data", "Data", "Disjoint subsets.", ("Subset", "Source", "Rows", "Revision", "sha256"), rows)
 
 
 def protocol_tables(manifest: Mapping[str, Any]) -> Iterator[Table]:
     """Each suite's protocol, and its tasks with source and grader."""
-    for suite, about in (manifest.get("eval") or {}).items():
+    for suite, about in manifest["eval"].items():
         caption = f"How suite {suite} was sampled."
         yield text_table(
             f"protocol-{suite}", "Protocol", caption, ("Setting", "Value"), list(flatten(about["protocol"]))
@@ -101,7 +101,7 @@ def protocol_tables(manifest: Mapping[str, Any]) -> Iterator[Table]:
 def lineage_table(manifest: Mapping[str, Any]) -> Table:
     """The checkpoints and which came from which."""
     keys = ("id", "label", "parent", "stage", "method", "checkpoint", "weights_sha256")
-    rows = [[entry.get(key) for key in keys] for entry in manifest.get("lineage") or []]
+    rows = [[entry.get(key) for key in keys] for entry in manifest["lineage"]]
     header = ("Policy", "Label", "From", "Stage", "Method", "Checkpoint", "Weights sha256")
     return text_table("lineage", "Checkpoints", "Lineage.", header, rows)
 
@@ -110,23 +110,23 @@ def steps_table(manifest: Mapping[str, Any]) -> Table:
     """The run's steps and how long each took."""
     rows = [
         (name, step.get("status"), step.get("started"), duration(step["seconds"]) if step.get("seconds") else None)
-        for name, step in (manifest.get("steps") or {}).items()
+        for name, step in manifest["steps"].items()
     ]
     return text_table("steps", "Steps", "Each step of the run.", ("Step", "Status", "Started (UTC)", "Took"), rows)
 
 
 def software_table(manifest: Mapping[str, Any]) -> Table:
     """Command, seeds, code, packages and hardware."""
-    code, hardware = manifest.get("code") or {}, manifest.get("hardware") or {}
+    code, hardware = manifest["code"], manifest["hardware"]
     changed = None if code.get("dirty") is None else "yes" if code["dirty"] else "no"
     gigabytes = f"{hardware['memory'] / 2**30:.1f} GiB" if hardware.get("memory") else None
     rows = [
-        ("command", shlex.join(map(str, manifest.get("command") or []))),
-        ("overrides", " ".join(map(str, manifest.get("overrides") or [])) or "none"),
-        *((f"seed: {name}", seed) for name, seed in (manifest.get("seeds") or {}).items()),
+        ("command", shlex.join(map(str, manifest["command"]))),
+        ("overrides", " ".join(map(str, manifest["overrides"])) or "none"),
+        *((f"seed: {name}", seed) for name, seed in manifest["seeds"].items()),
         ("code commit", code.get("commit")),
         ("uncommitted changes", changed),
-        *(manifest.get("packages") or {}).items(),
+        *manifest["packages"].items(),
         ("processor", hardware.get("processor")),
         ("cores", hardware.get("cores")),
         ("memory", gigabytes),

@@ -40,6 +40,11 @@ def visible(text: str) -> str:
     return NEEDS_CARE.sub(show, text)
 
 
+def slug(text: str) -> str:
+    """The text as an id: letters, digits, dot, dash and underscore; everything else becomes a dash."""
+    return re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)
+
+
 def number(value: float, decimals: int) -> str:
     """A number with fixed decimals and a true minus sign; never '-0.0'."""
     if not np.isfinite(value):
@@ -167,6 +172,14 @@ class Missing:
     what: str
     why: str
     command: str = ""
+
+
+def by_command(missing: Sequence[Missing]) -> dict[str, list[Missing]]:
+    """What is missing by the command that makes it, in order of appearance."""
+    groups: dict[str, list[Missing]] = {}
+    for gap in missing:
+        groups.setdefault(gap.command, []).append(gap)
+    return groups
 
 
 # ---------------------------------------------------------------------------------------------------------------------

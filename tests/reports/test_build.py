@@ -296,7 +296,8 @@ def test_missing_parts_are_said_and_never_crash(
 def test_before_rl(tmp_path: Path) -> None:
     truth = write_run(tmp_path / "run", items=12, policies=("base", "sft", "gift"), status="running")
     page = Page(build_report([truth.path], tmp_path / "report.html"))
-    assert "SFT + RL: RL has not been run. Make it: python -m gift.train nano seed=3" in page.text
+    assert "SFT + RL: RL has not been run" in page.text
+    assert "To make these: python -m gift.train nano seed=3" in page.text
     assert "GIFT − SFT, all tasks" in page.text
     assert "figure-3" not in page.ids
 

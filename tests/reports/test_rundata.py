@@ -41,7 +41,10 @@ def test_a_run_whose_report_is_being_made_is_complete(tmp_path: Path) -> None:
     manifest["steps"]["report"] = {"status": "running"}
     write_json(truth.path / "manifest.json", manifest)
     assert load_run(truth.path).status == "complete"
-    manifest["steps"]["drift"] = {"status": "running"}
+    manifest["steps"]["drift"] = {"status": "incomplete", "reason": "one checkpoint is not there"}
+    write_json(truth.path / "manifest.json", manifest)
+    assert load_run(truth.path).status == "incomplete"
+    del manifest["steps"]["report"]
     write_json(truth.path / "manifest.json", manifest)
     assert load_run(truth.path).status == "running"
 
@@ -52,6 +55,8 @@ def test_a_run_whose_report_is_being_made_is_complete(tmp_path: Path) -> None:
         ("manifest.json", b"{"),
         ("manifest.json", b'{"schema_version": 1, "lineage": {"gift": 1}}'),
         ("manifest.json", b'{"schema_version": 1, "lineage": [{"id": "x", "stage": "warmup"}]}'),
+        ("manifest.json", b'{"schema_version": 1, "recipe": "nano"}'),
+        ("manifest.json", b'{"schema_version": 1, "steps": {"eval": "done"}}'),
         ("manifest.json", b'{"schema_version": 1, "eval": {"nano": {"tasks": {}}}}'),
         ("items.parquet", b"PAR1 not really"),
         ("metrics.jsonl", b'{"policy": "sft"}\nnot json\n'),
