@@ -24,11 +24,10 @@ from evals.suites import PROTOCOLS, SUITES, Protocol, Suite, find
 from evals.tasks import Task, TaskData
 from gift.cli import UserError, progress, run_command, say
 from gift.generation import Engine, build_engine
-from gift.models import check_checkpoint, first_line, is_local, load_tokenizer
+from gift.models import check_checkpoint, download, is_local, load_tokenizer
 from gift.records import RunDir, sha256_json, sha256_weights, utc_now
 
 ELSEWHERE = "repeat those settings, or evaluate the checkpoint apart with --model CHECKPOINT --out DIR"
-CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 
 
 def evaluate(
@@ -223,19 +222,6 @@ def eval_run(path: Path, model: str) -> RunDir:
     if run.manifest["kind"] != "eval":
         raise UserError(f"{path}: a run of kind {run.manifest['kind']!r}; give --out a folder of its own")
     return run
-
-
-def download(repository: str) -> Path:
-    """The folder of a Hub checkpoint, downloaded unless it is cached. Raises UserError where it cannot be had."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=list(CHECKPOINT_FILES)))
-    except Exception as error:  # the Hub's client raises a dozen unrelated kinds here
-        raise UserError(
-            f"{repository}: no such folder, and not to be had from the Hub ({first_line(error)});"
-            " give a checkpoint folder, a run directory or a Hub id"
-        ) from error
 
 
 def engine_factory(run: RunDir, engine: str, dtype: str) -> Callable[[str], Engine]:

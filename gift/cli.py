@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class UserError(Exception):
@@ -25,9 +27,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def run_command(main: Callable[[list[str]], int]) -> NoReturn:
-    """Runs `main(argv)` and exits with its code; a UserError or a full disk becomes one line on stderr, no traceback.
+    """Runs `main(argv)` and exits with its code.
 
-    Set GIFT_TRACEBACK=1 to see the traceback of a UserError.
+    A UserError, a full disk and a file that cannot be opened become one line on stderr; GIFT_TRACEBACK=1 shows their
+    traceback.
     """
     try:
         code = main(sys.argv[1:])
@@ -40,7 +43,8 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_USER_ERROR
     except OSError as error:
-        if os.environ.get("GIFT_TRACEBACK") or error.errno is None or error.filename is None and error.errno != 28:
+        mendable = error.errno in DISK_FULL or (error.errno is not None and error.filename is not None)
+        if os.environ.get("GIFT_TRACEBACK") or not mendable:
             raise
         where = f" ({error.filename})" if error.filename else ""
         print(f"error: {error.strerror}{where}: finished steps are intact; mend this and run again", file=sys.stderr)

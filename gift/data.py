@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gift.cli import UserError
-from gift.records import sha256_json, write_text
+from gift.records import read_table, sha256_json, write_text
 
 T = TypeVar("T")
 IGNORED = -100  # the label of a token that carries no loss, as in torch and transformers
@@ -31,7 +31,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenized example: `ids` is prompt followed by response and end token; the first `prompt_length` are prompt."""
+    """A tokenized example: `ids` is prompt, response, end token; the first `prompt_length` (at least 1) are prompt."""
 
     id: str
     ids: tuple[int, ...]
@@ -43,16 +43,16 @@ class Encoded:
 # Reading
 
 
-def read_examples(path: Path, *, prompt: str = "prompt", response: str = "response", answer: str = "answer") -> list[Example]:
-    """Examples from a JSONL or Parquet file with these columns (`id` is optional).
+def read_examples(
+    path: Path, *, prompt: str = "prompt", response: str = "response", answer: str = "answer"
+) -> list[Example]:
+    """Examples from a JSONL or Parquet file with these columns; rows without an `id` are numbered.
 
     Raises UserError naming the file, and the row and column where a value is missing or not text.
     """
     if not path.exists():
         raise UserError(f"{path}: no such data file")
     if path.suffix == ".parquet":
-        from gift.records import read_table
-
         columns = read_table(path)
         rows: Iterable[Mapping[str, Any]] = (
             dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
@@ -61,7 +61,7 @@ def read_examples(path: Path, *, prompt: str = "prompt", response: str = "respon
         rows = read_rows(path)
     else:
         raise UserError(f"{path}: unknown kind of data file; use .jsonl or .parquet")
-    return [to_example(row, f"{path}:{number}", prompt, response, answer) for number, row in enumerate(rows, start=1)]
+    return [to_example(row, path, number, prompt, response, answer) for number, row in enumerate(rows, start=1)]
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -77,8 +77,9 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def to_example(row: Mapping[str, Any], where: str, prompt: str, response: str, answer: str) -> Example:
-    """An Example from a row's columns. Raises UserError naming `where` and the column."""
+def to_example(row: Mapping[str, Any], path: Path, number: int, prompt: str, response: str, answer: str) -> Example:
+    """An Example from a row's columns. Raises UserError naming the file, the row and the column."""
+    where = f"{path}:{number}"
 
     def text(column: str) -> str:
         if column not in row:
@@ -86,9 +87,13 @@ def to_example(row: Mapping[str, Any], where: str, prompt: str, response: str, a
         value = row[column]
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{where}: column {column!r} is not text: {value!r:.60}")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise UserError(f"{where}: column {column!r} has half of a surrogate pair, which is not Unicode text")
         return value
 
-    return Example(str(row.get("id", where)), text(prompt), text(response), text(answer))
+    # Without the folder: an id enters seeds and hashes, which must not depend on where the file lies.
+    name = f"{path.stem}-{number}" if row.get("id") is None else str(row["id"])
+    return Example(name, text(prompt), text(response), text(answer))
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> None:
@@ -106,11 +111,18 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 
 def split(examples: Sequence[Example], sizes: Mapping[str, int], seed: int) -> dict[str, list[Example]]:
-    """Disjoint random subsets of the given sizes. Prompts that occur twice are used once.
+    """Disjoint random subsets of the given sizes. Of examples with the same prompt, the first is used.
 
-    Raises UserError if there are too few distinct prompts.
+    Raises UserError if there are too few distinct prompts, or if two of them share an id.
     """
-    distinct = list({normalize(example.prompt): example for example in reversed(examples)}.values())[::-1]
+    first: dict[str, Example] = {}
+    for example in examples:
+        first.setdefault(normalize(example.prompt), example)
+    distinct = list(first.values())
+    by_id: dict[str, Example] = {}
+    for example in distinct:  # an id seeds the samples of its prompt, and names them in the logs
+        if by_id.setdefault(example.id, example) is not example:
+            raise UserError(f"two prompts of the data share the id {example.id!r}; make ids unique, or leave them out")
     wanted = sum(sizes.values())
     if len(distinct) < wanted:
         raise UserError(f"the data has {len(distinct)} distinct prompts, but {wanted} are asked for ({dict(sizes)})")
@@ -119,18 +131,7 @@ def split(examples: Sequence[Example], sizes: Mapping[str, int], seed: int) -> d
     for name, size in sizes.items():
         subsets[name] = distinct[start : start + size]
         start += size
-    check_disjoint(subsets)
     return subsets
-
-
-def check_disjoint(subsets: Mapping[str, Sequence[Example]]) -> None:
-    """Raises UserError naming two subsets, and a prompt, that share one."""
-    owner: dict[str, str] = {}
-    for name, examples in subsets.items():
-        for key in {normalize(example.prompt) for example in examples}:
-            if key in owner:
-                raise UserError(f"subsets {owner[key]!r} and {name!r} share a prompt: {key!r:.80}")
-            owner[key] = name
 
 
 def normalize(prompt: str) -> str:
@@ -183,17 +184,17 @@ def collate(batch: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
 
 
 def by_length(items: Sequence[T], length: Callable[[T], int], micro_tokens: int) -> list[list[T]]:
-    """The items sorted by length and cut into pieces of at most `micro_tokens` tokens, padding included (or one item)."""
-    pieces: list[list[T]] = [[]]
+    """The items sorted by length, in pieces of at most `micro_tokens` tokens, padding included, or of a single item."""
+    pieces: list[list[T]] = []
     for item in sorted(items, key=length):
-        if pieces[-1] and (len(pieces[-1]) + 1) * length(item) > micro_tokens:
+        if not pieces or (len(pieces[-1]) + 1) * length(item) > micro_tokens:
             pieces.append([])
         pieces[-1].append(item)
     return pieces
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
-    """The order in which epoch `epoch` visits `size` examples: a function of its arguments, so that resuming is exact."""
+    """The order in which an epoch visits `size` examples: a function of the arguments, so that resuming is exact."""
     order = list(range(size))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return order

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +28,6 @@ from gift.cli import UserError
 from gift.recipe import Engine as EngineSettings
 from gift.recipe import Optimizer
 from gift.records import atomic_path, read_json, remove, sync, write_json
-
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ def total_over_ranks(values: Sequence[float]) -> list[float]:
 
 
 def lockstep(pieces: Sequence[T], idle: Callable[[T], T]) -> list[T]:
-    """This rank's pieces, with `idle(piece)` appended until every rank has as many: ZeRO's collectives need equal calls.
+    """This rank's pieces, with `idle(piece)` appended until every rank has as many: ZeRO needs equal calls.
 
     Every rank must have at least one piece.
     """
@@ -93,9 +93,11 @@ def share_of_rank(items: Sequence[Any]) -> list[Any]:
 
 
 class TrainingEngine:
-    """A module under DeepSpeed. `module(...)` must return a loss summed over tokens first; `model` is the HF model in it."""
+    """A module under DeepSpeed; what it returns first must be a loss summed over tokens. `model` is the HF model in it."""
 
-    def __init__(self, module: nn.Module, model: PreTrainedModel, settings: EngineSettings, optimizer: Optimizer) -> None:
+    def __init__(
+        self, module: nn.Module, model: PreTrainedModel, settings: EngineSettings, optimizer: Optimizer
+    ) -> None:
         import deepspeed
 
         init_distributed()
@@ -175,7 +177,8 @@ class TrainingEngine:
             remove(scratch)
             scratch.mkdir(parents=True)
         barrier()
-        save_file(state, scratch / f"rank-{rank()}.safetensors")
+        with disk_errors(target):
+            save_file(state, scratch / f"rank-{rank()}.safetensors")
         barrier()
         if rank() == 0:
             write_json(scratch / "progress.json", {**progress, "world_size": world_size()})
@@ -247,9 +250,24 @@ class TrainingEngine:
 
 def export_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes model and tokenizer as a Hugging Face folder, atomically."""
-    with atomic_path(folder) as scratch:
+    with disk_errors(folder), atomic_path(folder) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns safetensors' own error for a disk that is full or read-only into a UserError naming `path`."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise UserError(f"{path}: cannot be written: {error}; mend this and run again") from None
+
+
+def check_finite(value: float, what: str) -> None:
+    """Raises UserError where training has diverged; what was saved before is intact."""
+    if not math.isfinite(value):
+        raise UserError(f"{what} is {value}: training has diverged; lower the learning rate and start a new run")
 
 
 def barrier() -> None:

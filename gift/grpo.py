@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gift.cli import progress
 from gift.data import IGNORED, Encoded, Example, by_length, collate, encode_prompt, epoch_order
-from gift.engine import TrainingEngine, learning_rate, lockstep, rank, share_of_rank, total_over_ranks
+from gift.engine import TrainingEngine, check_finite, learning_rate, lockstep, rank, share_of_rank, total_over_ranks
 from gift.generation import Engine as GenerationEngine
 from gift.generation import Request, Sample, SamplingParams, completion_text, sample_seed
 from gift.generation.hf import HFEngine
@@ -128,6 +128,7 @@ class GRPOTrainer:
             start = position * settings.batch_size
             row = self.train_step([problems[i] for i in order[start : start + settings.batch_size]], step, total)
             done = step + 1
+            check_finite(row["grad_norm"], f"{self.policy}: the gradient norm of step {done}")
             self._record("train", done, row)
             if settings.validate_every and (done % settings.validate_every == 0 or done == total):
                 self.validate(validation, step=done)
@@ -165,7 +166,9 @@ class GRPOTrainer:
     def sample(self, problems: Sequence[Example], step: int) -> list[Sample]:
         """`group_size` samples per problem, group after group, each with its own seed."""
         requests = [
-            Request(tuple(encode_prompt(self.tokenizer, problem.prompt)), self._seed("rollout", step, problem.id, number))
+            Request(
+                tuple(encode_prompt(self.tokenizer, problem.prompt)), self._seed("rollout", step, problem.id, number)
+            )
             for problem in problems
             for number in range(self.settings.group_size)
         ]
@@ -191,9 +194,7 @@ class GRPOTrainer:
             prompt = encode_prompt(self.tokenizer, problem.prompt)
             encoded.append(Encoded(problem.id, (*prompt, *sample.token_ids), len(prompt)))
         old = self.log_probabilities(encoded)
-        rollouts = [
-            Rollout(*parts) for parts in zip(encoded, samples, verdicts, advantages, old, strict=True)
-        ]
+        rollouts = [Rollout(*parts) for parts in zip(encoded, samples, verdicts, advantages, old, strict=True)]
         return [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
 
     @torch.no_grad()

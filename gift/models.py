@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from gift.cli import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
+# What some architectures do to logits after the LM head; this suite computes losses from states and head alone.
+LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 def is_local(name: str | Path) -> bool:
@@ -30,7 +32,7 @@ def check_checkpoint(path: Path) -> None:
         raise UserError(f"{path}: no *.safetensors in this folder; a checkpoint without weights cannot be loaded")
 
 
-def download(name: str, revision: str | None) -> Path:
+def download(name: str, revision: str | None = None) -> Path:
     """The local folder of a Hub repository's config, tokenizer and safetensors. Raises UserError with the reason."""
     from huggingface_hub import snapshot_download
 
@@ -38,34 +40,48 @@ def download(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the Hub's client raises a dozen unrelated kinds
-        raise UserError(f"{name}: cannot download this model: {first_line(error)}") from error
+        raise UserError(f"{name}: no such folder, and the Hub does not give it: {first_line(error)}") from error
 
 
 def load_model(name: str | Path, *, dtype: str = "float32", revision: str | None = None) -> PreTrainedModel:
     """A causal LM in evaluation mode from a checkpoint folder or a Hub repository.
 
     Only safetensors are read and no code from the checkpoint is run. Raises UserError naming the checkpoint and the
-    reason.
+    reason, also where a weight is missing: transformers would make it up.
     """
     if is_local(name):
         check_checkpoint(Path(name))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(name), dtype=DTYPES[dtype], revision=revision, use_safetensors=True, trust_remote_code=False
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            str(name),
+            dtype=DTYPES[dtype],
+            revision=revision,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except Exception as error:  # transformers, safetensors and the Hub raise a dozen unrelated kinds here
         raise UserError(f"{name}: cannot load this model: {first_line(error)}") from error
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"{name}: not a causal language model")
+    if missing := sorted(loaded["missing_keys"]):
+        raise UserError(f"{name}: {len(missing)} weights are missing from this checkpoint, among them {missing[0]}")
+    for transform in LOGIT_TRANSFORMS:
+        if getattr(model.config, transform, None) not in (None, 1):
+            raise UserError(f"{name}: models that change logits after the LM head ({transform}) are not supported")
     return model.eval()
 
 
 def load_tokenizer(name: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint. Raises UserError if it is missing or has no end token."""
+    if is_local(name) and not Path(name).is_dir():
+        raise UserError(f"{name}: no such checkpoint folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), revision=revision, trust_remote_code=False)
     except Exception as error:  # same as above
         raise UserError(f"{name}: cannot load this tokenizer: {first_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without tokenizer.json
+        raise UserError(f"{name}: this checkpoint has no tokenizer; add its tokenizer.json and tokenizer_config.json")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: this tokenizer has no end token (eos_token), so no response could ever end")
     if tokenizer.pad_token_id is None:
@@ -74,8 +90,11 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> PreTrain
 
 
 def load_config(name: str | Path) -> Any:
-    """The model configuration of a checkpoint folder or Hub repository."""
-    return AutoConfig.from_pretrained(str(name), trust_remote_code=False)
+    """The model configuration of a checkpoint folder or Hub repository. Raises UserError if it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(str(name), trust_remote_code=False)
+    except Exception as error:  # same as above
+        raise UserError(f"{name}: cannot read this model's config: {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:
@@ -95,6 +114,13 @@ def lm_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     """The LM head's weight [V, H] and bias [V] or None."""
     head = model.get_output_embeddings()
     return head.weight, getattr(head, "bias", None)
+
+
+def end_ids(model: PreTrainedModel) -> list[int]:
+    """The token ids at which generation ends: those of the generation config, else of the model's config."""
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = model.config.eos_token_id if ends is None else ends
+    return [ends] if isinstance(ends, int) else list(ends or [])
 
 
 def states_at(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, selected: Tensor) -> Tensor:

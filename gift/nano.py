@@ -7,6 +7,7 @@ but seldom does. That leaves initialization something to teach and RL something 
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import os
 import random
@@ -20,12 +21,13 @@ import reasoning_gym
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from gift.data import Encoded, Example, normalize
+from gift.data import Example, encode, normalize
 from gift.engine import barrier, export_checkpoint, init_distributed, rank
 from gift.generation import sample_seed
 from gift.objectives import resolve
+from gift.provenance import package_versions
 from gift.recipe import Engine, Init, Pretrain
-from gift.records import JsonlLog, package_versions, remove, sha256_file, sha256_json, write_json
+from gift.records import JsonlLog, remove, sha256_json, write_json
 from gift.sft import Stage, train
 
 EVAL_VERSION = "1"
@@ -76,22 +78,27 @@ def worked_solution(worked: Sequence[tuple[int, str, int, int]]) -> str:
     return "\n".join([*lines, boxed(worked[-1][-1])])
 
 
-def chain_problems(count: int, seed: int, *, terms: tuple[int, int], digits: tuple[int, int], prefix: str) -> list[Example]:
+def chains(count: int, seed: int, *, terms: tuple[int, int], digits: tuple[int, int]) -> list[dict[str, Any]]:
+    """`count` chain-sum entries with so many terms of so many digits."""
+    (min_terms, max_terms), (min_digits, max_digits) = terms, digits
+    return generate(
+        "chain_sum",
+        count,
+        seed,
+        min_terms=min_terms,
+        max_terms=max_terms,
+        min_digits=min_digits,
+        max_digits=max_digits,
+    )
+
+
+def chain_problems(count: int, seed: int, *, prefix: str, **settings: Any) -> list[Example]:
     """`count` distinct chain-sum problems with worked solutions; ids start with `prefix`."""
     distinct: dict[str, Example] = {}
     wave = 0
     while len(distinct) < count:
         wave += 1
-        entries = generate(
-            "chain_sum",
-            count,
-            sample_seed(seed, wave),
-            min_terms=terms[0],
-            max_terms=terms[1],
-            min_digits=digits[0],
-            max_digits=digits[1],
-        )
-        for entry in entries:
+        for entry in chains(count, sample_seed(seed, wave), **settings):
             solution = worked_solution(steps(entry["metadata"]["expression"]))
             example = Example(f"{prefix}-{len(distinct)}", entry["question"], solution, entry["answer"])
             distinct.setdefault(normalize(example.prompt), example)
@@ -107,8 +114,8 @@ def plain_problems(task: str, count: int, seed: int, **settings: Any) -> list[Ex
     return list(distinct.values())[:count]
 
 
-TARGET: dict[str, Any] = {"terms": (4, 6), "digits": (1, 1)}
-LONGER: dict[str, Any] = {"terms": (8, 10), "digits": (1, 1)}
+TARGET: dict[str, Any] = {"terms": (3, 5), "digits": (1, 1)}
+LONGER: dict[str, Any] = {"terms": (6, 7), "digits": (1, 1)}
 OTHER_TASKS: dict[str, dict[str, Any]] = {
     "gcd": {"max_value": 30},
     "products": {"max_digits": 1},
@@ -132,7 +139,9 @@ class EvalSet:
 
 
 EVAL_SETS: dict[str, EvalSet] = {
-    "chain": EvalSet("Chains", "in-distribution", 200, lambda n: chain_problems(n, EVAL_SEED, prefix="chain", **TARGET)),
+    "chain": EvalSet(
+        "Chains", "in-distribution", 200, lambda n: chain_problems(n, EVAL_SEED, prefix="chain", **TARGET)
+    ),
     "chain-long": EvalSet(
         "Longer chains", "harder", 100, lambda n: chain_problems(n, EVAL_SEED, prefix="chain-long", **LONGER)
     ),
@@ -159,8 +168,10 @@ def training_problems(count: int, seed: int) -> list[Example]:
 # The base's pretraining text
 
 
-STYLES = {"worked": 0.2, "running": 0.2, "words": 0.15, "direct": 0.3, "bare": 0.15}
+STYLES = {"worked": 0.25, "running": 0.2, "words": 0.15, "direct": 0.3, "bare": 0.1}
 SLIP = 0.1  # share of steps whose result is wrong
+CHAIN_MIX = [(0.40, (2, 3), (1, 1)), (0.40, (3, 7), (1, 1)), (0.05, (2, 3), (1, 2))]  # share, terms, digits
+OTHER_SHARE = 0.05  # of each of OTHER_TASKS
 
 
 def in_style(expression: str, style: str, rng: random.Random) -> str:
@@ -172,25 +183,24 @@ def in_style(expression: str, style: str, rng: random.Random) -> str:
     if style == "running":
         return f"{worked[0][0]}" + "".join(f"{op}{right}->{result};" for _, op, right, result in worked) + boxed(answer)
     if style == "words":
-        spoken = [f"{left} {'plus' if op == '+' else 'minus'} {right} is {result}." for left, op, right, result in worked]
+        spoken = [
+            f"{left} {'plus' if op == '+' else 'minus'} {right} is {result}." for left, op, right, result in worked
+        ]
         return f"First {' Then '.join(spoken)} The answer is {boxed(answer)}"
     return boxed(answer) if style == "direct" else str(answer)
 
 
 def pretraining_text(count: int, seed: int) -> list[tuple[str, str]]:
-    """(prompt, response) documents: chains of several lengths and styles, three quarters, and other tasks."""
+    """(prompt, response) documents: mostly chains, of several lengths and in several styles, and other tasks."""
     rng = random.Random(seed)
-    chains = [
-        *generate("chain_sum", int(0.60 * count), seed, min_terms=2, max_terms=8, min_digits=1, max_digits=1),
-        *generate("chain_sum", int(0.15 * count), seed + 1, min_terms=2, max_terms=3, min_digits=1, max_digits=2),
-    ]
     documents = []
-    for entry in chains:
-        style = rng.choices(list(STYLES), list(STYLES.values()))[0]
-        documents.append((entry["question"], in_style(entry["metadata"]["expression"], style, rng)))
+    for number, (share, terms, digits) in enumerate(CHAIN_MIX):
+        for entry in chains(int(share * count), sample_seed(seed, number), terms=terms, digits=digits):
+            style = rng.choices(list(STYLES), list(STYLES.values()))[0]
+            documents.append((entry["question"], in_style(entry["metadata"]["expression"], style, rng)))
     for task, settings in OTHER_TASKS.items():
-        for entry in generate(task, int(0.08 * count), seed, **settings):
-            documents.append((entry["question"], boxed(entry["answer"]) if rng.random() < 0.7 else entry["answer"]))
+        for entry in generate(task, int(OTHER_SHARE * count), seed, **settings):
+            documents.append((entry["question"], boxed(entry["answer"]) if rng.random() < 0.8 else entry["answer"]))
     rng.shuffle(documents)
     return documents
 
@@ -224,7 +234,7 @@ def base_key(settings: Pretrain, engine: Engine) -> dict[str, Any]:
     return {
         "pretrain": asdict(settings),
         "engine": asdict(engine),
-        "source": sha256_file(Path(__file__)),
+        "source": sha256_json(ast.dump(ast.parse(Path(__file__).read_text(encoding="utf-8")))),
         "packages": {name: versions[name] for name in ("torch", "transformers", "tokenizers", "reasoning-gym")},
     }
 
@@ -244,7 +254,7 @@ def prepare_base(settings: Pretrain, engine: Engine) -> Path:
 
 
 def pretrain(settings: Pretrain, engine: Engine, home: Path, checkpoint: Path) -> None:
-    """Trains the base from scratch on plain NLL over whole documents and writes its checkpoint."""
+    """Trains the base from scratch on the plain NLL of the mixture's responses and writes its checkpoint."""
     documents = pretraining_text(settings.documents, settings.seed)
     tokenizer = train_tokenizer([f"{prompt}\n{response}" for prompt, response in documents[:5000]], settings.vocab)
     torch.manual_seed(settings.seed)
@@ -261,16 +271,12 @@ def pretrain(settings: Pretrain, engine: Engine, home: Path, checkpoint: Path) -
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=None,
+            initializer_range=0.04,
         )
     )
-    template = tokenizer.apply_chat_template
-    texts = [
-        template([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}], tokenize=False)
-        for prompt, response in documents
-    ]
     encoded = [
-        Encoded(str(number), tuple(ids), prompt_length=1)
-        for number, ids in enumerate(tokenizer(texts, add_special_tokens=False)["input_ids"])
+        encode(tokenizer, Example(str(number), prompt, response, response), WINDOW)
+        for number, (prompt, response) in enumerate(documents)
     ]
     with JsonlLog(home / "metrics.jsonl", key=("policy", "stage", "event", "step")) as log:
         train(
@@ -278,7 +284,7 @@ def pretrain(settings: Pretrain, engine: Engine, home: Path, checkpoint: Path) -
             model,
             tokenizer,
             resolve("sft", {}),
-            settings=Init(epochs=1, batch_size=settings.batch_size, optimizer=settings.optimizer, save_every=100),
+            settings=Init(epochs=1, batch_size=settings.batch_size, optimizer=settings.optimizer, save_every=200),
             engine_settings=engine,
             resume_dir=home / "resume",
             log=log,

@@ -20,7 +20,8 @@ def clipped_policy_loss(
     """PPO's clipped surrogate with a second clip where the advantage is negative (verl 0.4, core_algos.py).
 
     loss = max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A) with r = exp(logp - old_logp); where A < 0 it is at most
-    -dual_clip A, so that one improbable token cannot dominate a step (0 turns that off).
+    -dual_clip A, so that one improbable token cannot dominate a step (0 turns that off). The exponent is clamped to
+    [-20, 20], as in verl, so that r is finite.
 
     logp, old_logp, advantages: [N]. Returns the loss per token [N] and whether a clip was active [N].
     """

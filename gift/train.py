@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from gift.cli import UserError, run_command, say
 from gift.data import Encoded, Example, encode, fingerprint, read_examples, split, write_examples
 from gift.engine import barrier, export_checkpoint, init_distributed, quiet_libraries, rank, world_size
 from gift.grpo import GRPOTrainer
-from gift.models import check_checkpoint, download, is_local, load_model, load_tokenizer
+from gift.models import check_checkpoint, download, end_ids, is_local, load_model, load_tokenizer
 from gift.objectives import needs_reference, resolve
 from gift.recipe import Recipe, as_tree, load_recipe
 from gift.records import JsonlLog, RunDir, remove, sha256_json, sha256_weights, utc_now
@@ -125,12 +126,20 @@ class Job:
         else:
             checkpoint = download(base.model, base.revision)
         check_checkpoint(checkpoint)
+        end, ends = load_tokenizer(checkpoint).eos_token_id, end_ids(load_model(checkpoint, dtype="auto"))
+        if end not in ends:
+            raise UserError(
+                f"{checkpoint}: responses are trained to end with token {end} (the tokenizer's eos_token), but"
+                f" generation ends at {ends}; make eos_token_id in generation_config.json and the tokenizer agree"
+            )
         self._add_node("base", "Base", None, "base", None, checkpoint)
 
     def data(self) -> None:
         """Writes the three disjoint subsets into the run."""
         data = self.recipe.data
         sizes = {name: getattr(data, name) for name in SUBSETS}
+        if self.recipe.rl is None:
+            sizes["rl"] = 0
         if data.source == "nano":
             examples = nano.training_problems(sum(sizes.values()), self.recipe.seed)
         else:
@@ -157,7 +166,9 @@ class Job:
             reference = Reference(load_model(base, dtype=recipe.engine.dtype).to(device()))
         with self._metrics() as log:
             steps = train(
-                Stage(name, "init", self._encoded("sft", tokenizer), self._encoded("validation", tokenizer), recipe.seed),
+                Stage(
+                    name, "init", self._encoded("sft", tokenizer), self._encoded("validation", tokenizer), recipe.seed
+                ),
                 model,
                 tokenizer,
                 resolve(method.objective, method.options),
@@ -195,7 +206,7 @@ class Job:
         self._finish(policy, label, name, "rl", name, steps, model, tokenizer)
 
     def evaluate(self) -> str | None:
-        """Evaluates every checkpoint of the run on the recipe's suites, on the first rank; says what could not be had."""
+        """Evaluates every checkpoint of the run on the recipe's suites, on the first rank; says what was not had."""
         settings = self.recipe.eval
         missing: dict[str, str] = {}
         if rank() == 0:
@@ -227,7 +238,9 @@ class Job:
         barrier()
 
     def report(self) -> None:
-        """Builds the report, on the first rank."""
+        """Builds the report, on the first rank, once the manifest says how the run ended."""
+        complete = all(self._done(step.name) for step in self.steps() if step.name != "report")
+        self.run.update(status="complete" if complete else "failed", finished=utc_now())
         if rank() == 0:
             build_report([self.run.path], self.run.path / "report.html")
         barrier()
@@ -284,6 +297,12 @@ class Job:
         return encoded
 
     def _done(self, step: str) -> bool:
+        if step == "base" and not any(
+            (self.run.path / node["checkpoint"]).is_dir()
+            for node in self.run.manifest["lineage"]
+            if node["id"] == "base"
+        ):
+            return False  # the cache it lay in was cleared
         return bool(self.run.manifest["steps"].get(step, {}).get("status") == "done")
 
     def _mark(self, step: str, **entries: Any) -> None:
@@ -306,26 +325,29 @@ def clock(seconds: float) -> str:
     return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
 
 
-def open_run(recipe: Recipe, runs: Path, overrides: list[str]) -> RunDir:
-    """The recipe's run directory: new, or the one to continue.
+@contextmanager
+def opened(recipe: Recipe, runs: Path, overrides: list[str]) -> Iterator[RunDir]:
+    """Yields the recipe's run directory, new or the one to continue, held for this job.
 
     Raises UserError, naming the keys that differ, if a run of this name was made by another recipe.
     """
-    path = runs / recipe.name
-    tree = as_tree(recipe)
-    if rank() == 0 and not (path / "manifest.json").exists():
-        run = RunDir.create(path, kind="train", recipe=tree, overrides=overrides)
-        run.update(seeds={"run": recipe.seed, "base": recipe.base.pretrain.seed})
-    barrier()
-    run = RunDir.open(path)
+    path, tree = runs / recipe.name, as_tree(recipe)
+    path.mkdir(parents=True, exist_ok=True)
+    run = RunDir(path, {})
     run.writable = rank() == 0
-    if run.manifest["recipe_sha256"] != sha256_json(tree):
-        keys = ", ".join(differing(run.manifest["recipe"], tree))
-        raise UserError(
-            f"{path}: this run was started with another recipe (differs in: {keys}); add name=ANOTHER to start a new"
-            " run beside it, or remove the folder"
-        )
-    return run
+    with run.lock():
+        if run.writable and not run.manifest:
+            run.manifest = RunDir.create(path, kind="train", recipe=tree, overrides=overrides).manifest
+            run.update(seeds={"run": recipe.seed, "base": recipe.base.pretrain.seed})
+        barrier()
+        run.manifest = RunDir.open(path).manifest
+        if run.manifest["recipe_sha256"] != sha256_json(tree):
+            keys = ", ".join(differing(run.manifest["recipe"], tree))
+            raise UserError(
+                f"{path}: this run was started with another recipe (differs in: {keys}); add name=ANOTHER to start"
+                " a new run beside it, or remove the folder"
+            )
+        yield run
 
 
 def differing(old: Any, new: Any, key: str = "") -> list[str]:
@@ -340,6 +362,16 @@ def differing(old: Any, new: Any, key: str = "") -> list[str]:
     return [] if old == new else [key]
 
 
+def check_ranks(recipe: Recipe) -> None:
+    """Raises UserError where batches cannot be shared evenly among the ranks."""
+    ranks = world_size()
+    if recipe.rl is not None and recipe.rl.batch_size % (recipe.rl.updates_per_batch * ranks):
+        raise UserError(f"rl.batch_size must be a multiple of rl.updates_per_batch x {ranks} ranks")
+    for key, size in (("init.batch_size", recipe.init.batch_size), ("data.validation", recipe.data.validation)):
+        if size < ranks:
+            raise UserError(f"{key} is {size}, fewer than the {ranks} ranks that share it")
+
+
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -348,8 +380,12 @@ def main(argv: list[str]) -> int:
         epilog="Example: python -m gift.train nano seed=1 name=nano-seed1",
     )
     parser.add_argument("recipe", help="a recipe's name (nano) or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. rl.optimizer.lr=2e-5")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. rl.optimizer.lr=2e-5"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)"
+    )
     arguments = parser.parse_args(argv)
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -357,13 +393,10 @@ def main(argv: list[str]) -> int:
         find(SUITES, suite, "suite")
     quiet_libraries()
     init_distributed()
-    if recipe.rl is not None and recipe.rl.batch_size % (recipe.rl.updates_per_batch * world_size()):
-        raise UserError(f"rl.batch_size must be a multiple of rl.updates_per_batch x {world_size()} ranks")
-    run = open_run(recipe, arguments.runs, arguments.overrides)
-    with run.lock():
-        started = time.perf_counter()
+    check_ranks(recipe)
+    started = time.perf_counter()
+    with opened(recipe, arguments.runs, arguments.overrides) as run:
         complete = Job(recipe, run).execute()
-        run.update(status="complete" if complete else "failed", finished=utc_now())
     if rank() == 0:
         say(f"\n{summary_table(run.path)}\n")
         say(f"report: {run.path / 'report.html'} (after {clock(time.perf_counter() - started)})")

@@ -55,7 +55,7 @@ def settings_tables(run: RunData) -> list[Table]:
         data_table(manifest),
         *protocol_tables(manifest),
         lineage_table(manifest),
-        steps_table(manifest),
+        steps_table(run),
         software_table(manifest),
     ]
     return [table for table in tables if table.rows]
@@ -106,11 +106,11 @@ def lineage_table(manifest: Mapping[str, Any]) -> Table:
     return text_table("lineage", "Checkpoints", "Lineage.", header, rows)
 
 
-def steps_table(manifest: Mapping[str, Any]) -> Table:
+def steps_table(run: RunData) -> Table:
     """The run's steps and how long each took."""
     rows = [
         (name, step.get("status"), step.get("started"), duration(step["seconds"]) if step.get("seconds") else None)
-        for name, step in manifest["steps"].items()
+        for name, step in run.steps.items()
     ]
     return text_table("steps", "Steps", "Each step of the run.", ("Step", "Status", "Started (UTC)", "Took"), rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +11,26 @@ from typing import Literal, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gift.cli import UserError, nearest
+
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample. temperature 0 is greedy decoding; log-probabilities are those after temperature and top-p."""
+    """How to sample; temperature 0 is greedy decoding. Raises UserError for values that mean nothing."""
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise UserError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion: its token ids with the end token if it was reached, why it ended, log-probability per token."""
+    """One completion: its token ids with the end token if it was reached, why it ended, log-probability per token.
+
+    Log-probabilities, in nats, are those of the distribution sampled from, after temperature and top-p; under greedy
+    decoding those of the untempered softmax.
+    """
 
     token_ids: list[int]
     finish_reason: FinishReason
@@ -73,7 +88,6 @@ def completion_text(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> str:
 
 def build_engine(name: str, checkpoint: Path, *, dtype: str = "auto") -> Engine:
     """The engine `name` over a checkpoint folder. Raises UserError for an unknown engine or an unusable checkpoint."""
-    from gift.cli import UserError, nearest
     from gift.generation.hf import HFEngine
     from gift.models import load_model
 

@@ -1,4 +1,4 @@
-"""The transformers engine: a compact sampling loop over any causal LM, where vLLM is not installed or not wanted.
+"""The transformers engine: a compact sampling loop over any decoder with full attention; needs nothing beside torch.
 
 Against `generate`: a prompt is prefilled once for all its samples, keys and values are written in place instead of
 being copied every step, finished rows leave the batch, and each sample draws from its own stream, so that neither batch
@@ -7,6 +7,7 @@ size nor order changes what is sampled (up to rounding in the matrix products).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from gift.cli import UserError
 from gift.generation import Request, Sample, SamplingParams
-from gift.models import backbone
+from gift.models import backbone, end_ids
 
 DRAWS = 64  # uniforms drawn per row at a time
 GROWTH = 64  # smallest number of positions by which the key/value store grows
@@ -90,16 +91,16 @@ class Row:
 class HFEngine:
     """Samples from a transformers model in this process.
 
-    The model is used as it is, not copied: a trainer's module that changes in place needs no `update_weights`.
+    The model is used as it is, not copied: a trainer's module that changes in place needs no `update_weights`. Raises
+    UserError for an architecture whose attention this engine would get wrong.
     """
 
     def __init__(self, model: PreTrainedModel, *, max_rows: int = 512) -> None:
         self.model = model
         self.max_rows = max_rows
         self.max_model_len: int = model.config.max_position_embeddings
-        ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-        ends = model.config.eos_token_id if ends is None else ends
-        self.end_ids = torch.tensor([ends] if isinstance(ends, int) else list(ends or []))
+        check_attention(model)
+        self.end_ids = torch.tensor(end_ids(model))
 
     def update_weights(self, model: PreTrainedModel) -> None:
         """Copies the weights of `model`, unless it is the very model this engine samples from."""
@@ -133,24 +134,26 @@ class HFEngine:
         room = self.max_model_len - len(request.prompt_ids)
         if room < 1 or not request.prompt_ids:
             raise UserError(
-                f"request {index}: a prompt of {len(request.prompt_ids)} tokens does not fit the model's window of"
-                f" {self.max_model_len}"
+                f"request {index}: a prompt of {len(request.prompt_ids)} tokens; it must have at least 1 and leave room"
+                f" in the model's window of {self.max_model_len}"
             )
         limit = params.max_tokens if request.max_tokens is None else min(request.max_tokens, params.max_tokens)
+        if limit < 1:
+            raise UserError(f"request {index}: max_tokens is {limit}; it must be at least 1")
         stream = np.random.Generator(np.random.Philox(key=request.seed))
         return Row(index, request, min(limit, room), stream, [], [])
 
     def _generate_batch(self, rows: list[Row], params: SamplingParams) -> list[tuple[int, Sample]]:
         device = self.model.device
         logits, cache, mask, positions = self._prefill(rows)
-        end_ids = self.end_ids.to(device)
+        ends = self.end_ids.to(device)
         done: dict[int, Sample] = {}
         step = 0
         while True:
             if step % DRAWS == 0:
                 draws = torch.from_numpy(np.stack([row.stream.random(DRAWS) for row in rows])).to(device)
             tokens, logps = draw(logits, draws[:, step % DRAWS], params)
-            ended = torch.isin(tokens, end_ids)
+            ended = torch.isin(tokens, ends)
             step += 1
             for row, token, logp, at_end in zip(rows, tokens.tolist(), logps.tolist(), ended.tolist(), strict=True):
                 if row.index not in done:
@@ -168,7 +171,8 @@ class HFEngine:
                 mask = None if mask is None else mask[index]
                 for layer in cache.layers:
                     layer.select_rows(index)
-            positions = positions + 1
+            # Ended rows still in the batch run on; their positions must not leave the model's table.
+            positions = (positions + 1).clamp(max=self.max_model_len - 1)
             if mask is not None:
                 mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             logits = self._forward(tokens[:, None], mask, positions[:, None], cache)
@@ -210,6 +214,24 @@ class HFEngine:
         return logits
 
 
+def check_attention(model: PreTrainedModel) -> None:
+    """Raises UserError unless every layer attends to all earlier positions, through torch's own kernels.
+
+    Masks here are boolean, which `eager` would add to the scores, and know no sliding windows.
+    """
+    config = model.config
+    window = getattr(config, "sliding_window", None) or math.inf
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layers != {"full_attention"} or window < config.max_position_embeddings:
+        raise UserError(
+            f"{config.model_type}: the hf engine handles full attention only, not sliding windows or states"
+        )
+    if config._attn_implementation != "sdpa":
+        raise UserError(
+            f"the hf engine needs attention 'sdpa', this model is loaded with {config._attn_implementation!r}"
+        )
+
+
 def attention_mask(mask: Tensor, queries: int) -> Tensor:
     """Boolean [rows, 1, queries, T]: causal and not padded; a padded query sees itself, or its softmax would be NaN."""
     total = mask.shape[1]
@@ -221,7 +243,7 @@ def attention_mask(mask: Tensor, queries: int) -> Tensor:
 
 
 def draw(logits: Tensor, uniform: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Tokens [rows] and their log-probabilities [rows] from logits [rows, V] by inverse CDF at `uniform` [rows] in [0, 1).
+    """Tokens [rows], and their log-probabilities, from logits [rows, V] by inverse CDF at `uniform` [rows] in [0, 1).
 
     Sums run in float64, so that a large vocabulary loses none of its tail. The log-probability is that of the
     distribution drawn from, after temperature and top-p; under greedy decoding that of the untempered softmax.
@@ -240,7 +262,7 @@ def draw(logits: Tensor, uniform: Tensor, params: SamplingParams) -> tuple[Tenso
 
 
 def nucleus(logp: Tensor, top_p: float) -> Tensor:
-    """Log-probabilities [rows, V] renormalised over the smallest set of tokens whose mass reaches top_p, -inf elsewhere."""
+    """Log-probabilities [rows, V] renormalised over the fewest tokens whose mass reaches top_p, -inf elsewhere."""
     ordered, order = logp.sort(-1, descending=True)
     mass_before = ordered.exp().cumsum(-1) - ordered.exp()
     kept = torch.zeros_like(logp, dtype=torch.bool).scatter(-1, order, mass_before < top_p)

@@ -67,7 +67,10 @@ def trainer(model, tokenizer, folder: Path, settings: RL = SETTINGS) -> grpo.GRP
 
 def verdicts_by_parity(responses, golds, **_):
     """A reward the untrained model earns now and then: an even number of characters."""
-    return [Verdict(float(len(text) % 2 == 0), "correct" if len(text) % 2 == 0 else "wrong", text, None) for text in responses]
+    return [
+        Verdict(float(len(text) % 2 == 0), "correct" if len(text) % 2 == 0 else "wrong", text, None)
+        for text in responses
+    ]
 
 
 def naive_update(model, rollouts: list[grpo.Rollout], settings: RL) -> None:
@@ -130,11 +133,13 @@ def test_advantages_are_rewards_minus_the_group_mean(tmp_path: Path, tokenizer):
     ours = trainer(tiny_model(tokenizer), tokenizer, tmp_path)
     samples = [Sample([5, tokenizer.eos_token_id], "stop", [0.0, 0.0])] * 8
     scores = [1, 0, 0, 0, 1, 1, 1, 1]
-    groups = ours.score(PROBLEMS[:2], samples, [Verdict(float(s), "correct" if s else "wrong", None, None) for s in scores])
+    groups = ours.score(
+        PROBLEMS[:2], samples, [Verdict(float(s), "correct" if s else "wrong", None, None) for s in scores]
+    )
     assert [[rollout.advantage for rollout in group] for group in groups] == [[0.75, -0.25, -0.25, -0.25], [0.0] * 4]
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -150,10 +155,10 @@ def test_a_killed_run_ends_with_the_same_weights_and_records(tmp_path: Path, tok
     def record_then_die(event, step, row):
         record(event, step, row)
         if (event, step) == ("train", stop_at):
-            raise Killed
+            raise KilledError
 
     killed._record = record_then_die
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         killed.train(PROBLEMS, PROBLEMS[:3])
     continued = tiny_model(tokenizer)
     trainer(continued, tokenizer, tmp_path / "killed").train(PROBLEMS, PROBLEMS[:3])

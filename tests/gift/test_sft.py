@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from gift import nano, sft
@@ -53,7 +52,18 @@ def examples(count: int, seed: int = 0) -> list[Encoded]:
     return made
 
 
-def run(model, tokenizer, folder: Path, *, data=None, micro_tokens=10_000, epochs=2, objective="sft", stop_at=None, **options):
+def run(
+    model,
+    tokenizer,
+    folder: Path,
+    *,
+    data=None,
+    micro_tokens=10_000,
+    epochs=2,
+    objective="sft",
+    stop_at=None,
+    **options,
+):
     """Trains on 12 examples in batches of 4; `stop_at` raises after that step, like a kill."""
     settings = Init(
         epochs=epochs, batch_size=4, save_every=2, optimizer=Optimizer(lr=1e-2, warmup_steps=2, max_grad_norm=0.5)
@@ -77,7 +87,7 @@ def run(model, tokenizer, folder: Path, *, data=None, micro_tokens=10_000, epoch
         )
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -86,7 +96,7 @@ def stop_after(append, step: int):
         rows = list(rows)
         append(rows)
         if rows[0]["event"] == "train" and rows[0]["step"] == step:
-            raise Killed
+            raise KilledError
 
     return appended
 
@@ -100,7 +110,9 @@ def naive_training(model, data: list[Encoded], epochs: int) -> list[float]:
         for start in range(0, len(data), 4):
             batch = collate([data[i] for i in order[start : start + 4]], 0)
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED)
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED
+            )
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -136,7 +148,7 @@ def test_a_killed_run_ends_with_the_same_weights_and_log(tmp_path: Path, tokeniz
     whole = tiny_model()
     run(whole, tokenizer, tmp_path / "whole", objective="gift", beta=2.0)
     killed = tiny_model()
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         run(killed, tokenizer, tmp_path / "killed", objective="gift", beta=2.0, stop_at=stop_at)
     continued = tiny_model()
     run(continued, tokenizer, tmp_path / "killed", objective="gift", beta=2.0)
@@ -144,7 +156,10 @@ def test_a_killed_run_ends_with_the_same_weights_and_log(tmp_path: Path, tokeniz
         assert torch.equal(mine, theirs)
 
     def numbers(folder: str):
-        return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in read_jsonl(tmp_path / folder / "metrics.jsonl")]
+        return [
+            {k: v for k, v in row.items() if k != "tokens_per_s"}
+            for row in read_jsonl(tmp_path / folder / "metrics.jsonl")
+        ]
 
     assert numbers("killed") == numbers("whole")
 
@@ -157,7 +172,7 @@ def test_validation_is_plain_nll_whatever_the_objective(tmp_path: Path, tokenize
     batch = collate(examples(3, seed=1), 0)
     for weights, row in ((tiny_model(), rows[0]), (model, rows[-1])):
         logits = weights(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
-        nll = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED)
+        nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED)
         assert row["val_nll"] == pytest.approx(nll.item(), rel=1e-5)
         assert row["val_tokens"] == int((batch["labels"] != IGNORED).sum())
 
@@ -166,7 +181,7 @@ def test_resuming_with_other_ranks_is_refused(tmp_path: Path, tokenizer):
     from gift.cli import UserError
     from gift.records import read_json, write_json
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         run(tiny_model(), tokenizer, tmp_path, stop_at=3)
     (state,) = (tmp_path / "resume").glob("step-*")
     write_json(state / "progress.json", {**read_json(state / "progress.json"), "world_size": 2})
@@ -186,7 +201,7 @@ def test_clipping_off_leaves_gradients_alone():
     tokens = int((batch["labels"] != IGNORED).sum())
     twin = tiny_model()
     logits = twin(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED).backward()
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED).backward()
     expected = torch.cat([p.grad.flatten() for p in twin.parameters()]).norm().item()
     loss, _ = engine(**batch)
     engine.backward(loss, tokens)

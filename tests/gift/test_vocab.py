@@ -243,13 +243,15 @@ def test_autocast_does_not_lower_the_precision() -> None:
             assert torch.equal(value, plain[name])
 
 
-class LargestResult(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that any operation returns."""
+class Watch(TorchDispatchMode):
+    """Counts operations and notes the number of elements of the largest tensor that any of them returns."""
 
+    operations = 0
     elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.operations += 1
         if isinstance(result, Tensor):
             self.elements = max(self.elements, result.numel())
         return result
@@ -258,10 +260,26 @@ class LargestResult(TorchDispatchMode):
 def test_no_matrix_of_tokens_by_vocabulary_is_made() -> None:
     inputs = random_inputs(10, 60, 70, 3)
     inputs = {name: value.requires_grad_(name in PARAMETERS) for name, value in inputs.items()}
-    with LargestResult() as seen:
+    with Watch() as watch:
         stats = vocab_stats(**inputs, chunk_tokens=10, chunk_vocab=30)
         gradients(stats, inputs, {name: torch.ones(60) for name in DIFFERENTIABLE})
-    assert seen.elements == 10 * 30
+    assert watch.elements == 10 * 30
+
+
+def test_backward_does_only_what_is_asked_for() -> None:
+    inputs = random_inputs(11, 5, 9, 3)
+    inputs = {name: value.requires_grad_(name in PARAMETERS) for name, value in inputs.items()}
+
+    def operations(inputs: dict[str, Tensor], *outputs: str) -> int:
+        loss = sum(getattr(vocab_stats(**inputs), name).sum() for name in outputs)
+        with Watch() as watch:
+            loss.backward()
+        return watch.operations
+
+    alone = {name: value for name, value in inputs.items() if not name.startswith("ref_")}
+    assert operations(inputs, "logp") == operations(alone, "logp")
+    for other in DIFFERENTIABLE[1:]:
+        assert operations(inputs, "logp", other) > operations(inputs, "logp") + 5
 
 
 @pytest.mark.parametrize(

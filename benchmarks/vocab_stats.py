@@ -1,0 +1,169 @@
+"""Time and memory of the chunked vocabulary statistics against materialized logits, side by side in one run.
+
+    python -m benchmarks.vocab_stats --help        (from the root of the repository)
+
+Four cases, each a forward and a backward pass through an LM head in float32 on the CPU, with gradients for hidden
+states and head:
+
+    gift            gift.vocab.vocab_stats and the gift objective
+    gift, naive     the same loss with a soft target over whole [tokens, vocab] matrices. It holds what the authors'
+                    trainer holds (both models' logits, six float32 intermediates), without that trainer's copies of
+                    the logits and without padding
+    logp            vocab_stats and the sft objective
+    cross-entropy   torch's cross_entropy on whole logits
+
+Times are medians over repetitions in which the cases take turns, after one round of warming up. Memory is the growth
+of a fresh process's resident set at its peak, less the gradients themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gift.cli import progress
+from gift.objectives import OBJECTIVES
+from gift.provenance import hardware
+from gift.vocab import vocab_stats
+
+BETA = 20.0
+FLOOR = 1e-10  # the authors' code adds it to every reference probability
+MEBI = 2**20
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """hidden, ref_hidden [N, H]; weight, ref_weight [V, H]; labels [N]. All are independent noise."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    ref_hidden: Tensor
+    ref_weight: Tensor
+
+    @staticmethod
+    def random(vocab: int, width: int, tokens: int) -> Inputs:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(rows: int, scale: float) -> Tensor:
+            return torch.randn(rows, width, generator=generator).mul_(scale)
+
+        labels = torch.randint(vocab, (tokens,), generator=generator)
+        hidden, weight = normal(tokens, 1.0).requires_grad_(), normal(vocab, 0.02).requires_grad_()
+        return Inputs(hidden, weight, labels, normal(tokens, 1.0), normal(vocab, 0.02))
+
+    def gradient_bytes(self) -> int:
+        return self.hidden.nbytes + self.weight.nbytes
+
+
+def gift(inputs: Inputs) -> None:
+    OBJECTIVES["gift"](vocab_stats(**vars(inputs)), beta=BETA).mean().backward()
+
+
+def gift_naive(inputs: Inputs) -> None:
+    logits = inputs.hidden @ inputs.weight.T
+    with torch.no_grad():
+        ref_logits = inputs.ref_hidden @ inputs.ref_weight.T
+        ref_probs = torch.softmax(ref_logits, -1)
+        mixed = 1.0 * ref_probs + 0.0 / len(inputs.weight)  # label smoothing of the reference, switched off
+        ref_logp = torch.log(mixed + FLOOR)
+        target_logits = ref_logp.clone()
+        target_logits.scatter_add_(
+            1, inputs.labels[:, None], torch.full_like(inputs.labels[:, None], BETA, dtype=torch.float32)
+        )
+        target = torch.softmax(target_logits, -1)
+    logp = torch.log_softmax(logits, -1)
+    (-(target * logp).sum(-1)).mean().backward()
+
+
+def logp(inputs: Inputs) -> None:
+    OBJECTIVES["sft"](vocab_stats(inputs.hidden, inputs.weight, inputs.labels)).mean().backward()
+
+
+def cross_entropy(inputs: Inputs) -> None:
+    functional.cross_entropy(inputs.hidden @ inputs.weight.T, inputs.labels).backward()
+
+
+CASES: dict[str, Callable[[Inputs], None]] = {
+    "gift": gift,
+    "gift, naive": gift_naive,
+    "logp": logp,
+    "cross-entropy": cross_entropy,
+}
+
+
+def measure_times(inputs: Inputs, repetitions: int) -> dict[str, list[float]]:
+    """Wall seconds of every case; the order of the cases is reversed in every other repetition."""
+    times: dict[str, list[float]] = {name: [] for name in CASES}
+    bar = progress((repetitions + 1) * len(CASES), "timing", unit="pass")
+    for repetition in range(repetitions + 1):
+        for name in list(CASES)[:: 1 if repetition % 2 else -1]:
+            inputs.hidden.grad = inputs.weight.grad = None
+            start = time.perf_counter()
+            CASES[name](inputs)
+            times[name].append(time.perf_counter() - start)
+            bar.update()
+    bar.close()
+    return {name: values[1:] for name, values in times.items()}
+
+
+def measure_memory(name: str, shape: tuple[int, int, int], threads: int) -> int:
+    """Bytes by which one pass raises this process's peak resident set, beyond its inputs and their gradients."""
+    torch.set_num_threads(threads)
+    CASES[name](Inputs.random(vocab=64, width=64, tokens=64))  # loads what is loaded on first use
+    inputs = Inputs.random(*shape)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = resident("VmRSS")
+    CASES[name](inputs)
+    return resident("VmHWM") - before - inputs.gradient_bytes()
+
+
+def resident(field: str) -> int:
+    """A line of /proc/self/status in bytes."""
+    found = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocab", type=int, default=151_936, help="vocabulary size V (default: Qwen2.5's 151936)")
+    parser.add_argument("--width", type=int, default=896, help="hidden size H (default: 896, Qwen2.5-0.5B)")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens N (default: 1024)")
+    parser.add_argument("--repetitions", type=int, default=5, help="timed passes per case (default: 5)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)")
+    arguments = parser.parse_args()
+    shape = (arguments.vocab, arguments.width, arguments.tokens)
+
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        jobs = {name: pool.apply_async(measure_memory, (name, shape, arguments.threads)) for name in CASES}
+        memory = {name: job.get() for name, job in jobs.items()}
+    torch.set_num_threads(arguments.threads)
+    times = measure_times(Inputs.random(*shape), arguments.repetitions)
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+
+    machine = hardware()
+    print(f"V = {arguments.vocab}, H = {arguments.width}, N = {arguments.tokens}, float32, beta = {BETA:g}")
+    print(f"{machine['processor']}, {machine['cores']} cores, {arguments.threads} threads, torch {torch.__version__}\n")
+    print(f"{'':14}{'median s':>10}{'min s':>9}{'max s':>9}{'memory MiB':>13}")
+    for name, values in times.items():
+        spread = f"{seconds[name]:10.3f}{min(values):9.3f}{max(values):9.3f}"
+        print(f"{name:14}{spread}{memory[name] / MEBI:13.1f}")
+    print(f"\n{'':22}{'time':>8}{'memory':>10}")
+    for ours, theirs in (("gift", "gift, naive"), ("logp", "cross-entropy")):
+        ratios = f"{seconds[ours] / seconds[theirs]:8.2f}{memory[ours] / memory[theirs]:10.4f}"
+        print(f"{f'{ours} / {theirs}':22}{ratios}")
+
+
+if __name__ == "__main__":
+    main()

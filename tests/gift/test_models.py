@@ -1,0 +1,139 @@
+"""Checkpoints that are whole load; those that are not are refused by name, never filled in."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from gift.cli import UserError
+from gift.models import check_checkpoint, is_local, lm_head, load_config, load_model, load_tokenizer, states_at
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path):
+    """A copy to break."""
+    return shutil.copytree(tiny_checkpoint, tmp_path / "model")
+
+
+def test_a_whole_checkpoint_loads_as_saved(tiny_checkpoint):
+    model = load_model(tiny_checkpoint)
+    saved = load_file(tiny_checkpoint / "model.safetensors")
+    assert not model.training
+    assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == dict.fromkeys(saved, torch.float32)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+    assert load_model(tiny_checkpoint, dtype="bfloat16").dtype == torch.bfloat16
+    assert load_config(tiny_checkpoint).num_hidden_layers == 2
+
+
+def test_no_folder(tmp_path):
+    for load in (load_model, load_tokenizer, check_checkpoint):
+        with pytest.raises(UserError, match="absent: no such checkpoint folder"):
+            load(tmp_path / "absent")
+
+
+def test_no_config(checkpoint):
+    (checkpoint / "config.json").unlink()
+    for load in (load_model, check_checkpoint):
+        with pytest.raises(UserError, match=r"model: no config\.json in this folder"):
+            load(checkpoint)
+
+
+def test_a_damaged_config_is_one_line(checkpoint):
+    (checkpoint / "config.json").write_text("{")
+    for load in (load_model, load_config):
+        with pytest.raises(UserError, match=r"model: cannot .*config") as error:
+            load(checkpoint)
+        assert "\n" not in str(error.value)
+
+
+def test_no_weights(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no \*\.safetensors in this folder"):
+        load_model(checkpoint)
+
+
+def test_pickled_weights_are_not_read(checkpoint):
+    torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no \*\.safetensors in this folder"):
+        load_model(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"])
+def test_a_missing_weight_is_named(checkpoint, name):
+    file = checkpoint / "model.safetensors"
+    weights = load_file(file)
+    del weights[name]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"1 weights are missing from this checkpoint, among them {name}"):
+        load_model(checkpoint)
+
+
+def test_cut_off_weights_are_refused(checkpoint):
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(UserError, match="model: cannot load this model: "):
+        load_model(checkpoint)
+
+
+def test_weights_of_another_shape_are_refused(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    with pytest.raises(UserError, match="model: cannot load this model: "):
+        load_model(checkpoint)
+
+
+def test_logits_changed_after_the_head_are_refused(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": 30.0}))
+    with pytest.raises(UserError, match=r"change logits after the LM head \(final_logit_softcapping\)"):
+        load_model(checkpoint)
+
+
+def test_no_tokenizer(checkpoint):
+    for file in checkpoint.glob("*token*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"model: this checkpoint has no tokenizer; add its tokenizer\.json"):
+        load_tokenizer(checkpoint)
+
+
+def test_a_tokenizer_pads_with_its_end_token_if_it_must_and_cannot_do_without_one(checkpoint):
+    tokenizer = load_tokenizer(checkpoint)
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|pad|>", "<|end|>")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(checkpoint)
+    assert load_tokenizer(checkpoint).pad_token == "<|end|>"
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(checkpoint)
+    with pytest.raises(UserError, match="no end token"):
+        load_tokenizer(checkpoint)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_states_times_head_are_the_models_logits(tiny_checkpoint, bias):
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint).eval()
+    if bias:
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(model.config.vocab_size))
+    input_ids = torch.randint(model.config.vocab_size, (3, 7), generator=torch.Generator().manual_seed(0))
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, 4:] = 0
+    selected = (torch.arange(21).view(3, 7) % 2 == 0) & attention_mask.bool()
+    with torch.no_grad():
+        states = states_at(model, input_ids, attention_mask, selected)
+        weight, found_bias = lm_head(model)
+        expected = model(input_ids, attention_mask=attention_mask).logits[selected]
+    logits = states @ weight.T + (0 if found_bias is None else found_bias)
+    assert (found_bias is not None) == bias
+    torch.testing.assert_close(logits, expected)
+
+
+def test_names_of_folders_and_of_hub_repositories(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert all(is_local(name) for name in ("here", "./there", "/a/b", "a/b/c", tmp_path / "x"))
+    assert not any(is_local(name) for name in ("Qwen/Qwen2.5-0.5B", "gpt2"))
