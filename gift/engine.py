@@ -93,7 +93,7 @@ def share_of_rank(items: Sequence[Any]) -> list[Any]:
 
 
 class TrainingEngine:
-    """A module under DeepSpeed; what it returns first must be a loss summed over tokens. `model` is the HF model in it."""
+    """A module under DeepSpeed; the loss it returns is a sum over tokens. `model` is the HF model in it."""
 
     def __init__(
         self, module: nn.Module, model: PreTrainedModel, settings: EngineSettings, optimizer: Optimizer

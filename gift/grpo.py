@@ -35,13 +35,14 @@ from gift.vocab import vocab_stats
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response, graded: prompt and response tokens, and the old policy's log-probabilities [tokens]."""
+    """One sampled response, graded; of the old policy, the log-probabilities [tokens] and the summed entropy (nats)."""
 
     encoded: Encoded
     sample: Sample
     verdict: Verdict
     advantage: float
     old_logp: Tensor
+    old_entropy: float
 
 
 class PolicyModule(nn.Module):
@@ -193,24 +194,23 @@ class GRPOTrainer:
             problem = problems[number // size]
             prompt = encode_prompt(self.tokenizer, problem.prompt)
             encoded.append(Encoded(problem.id, (*prompt, *sample.token_ids), len(prompt)))
-        old = self.log_probabilities(encoded)
-        rollouts = [Rollout(*parts) for parts in zip(encoded, samples, verdicts, advantages, old, strict=True)]
+        old = self.old_policy(encoded)
+        rollouts = [Rollout(encoded[i], samples[i], verdicts[i], advantages[i], *old[i]) for i in range(len(samples))]
         return [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
 
     @torch.no_grad()
-    def log_probabilities(self, encoded: Sequence[Encoded]) -> list[Tensor]:
-        """Log-probabilities [tokens] of each response under the policy as it is now; its entropy is kept for the log."""
-        logps: dict[int, Tensor] = {}
-        self._entropy = 0.0
+    def old_policy(self, encoded: Sequence[Encoded]) -> list[tuple[Tensor, float]]:
+        """Of each response under the policy as it is: log-probabilities [tokens], and entropies summed over them."""
+        found: dict[int, tuple[Tensor, float]] = {}
         pieces = by_length(range(len(encoded)), lambda i: len(encoded[i].ids), self.engine.settings.micro_tokens)
         for number, piece in enumerate(lockstep(pieces, lambda piece: piece)):
             batch = self._on_device(collate([encoded[i] for i in piece], self._pad))
             logp, entropy = self.engine(**batch)
             if number < len(pieces):
-                self._entropy += float(entropy.double().sum())
                 lengths = [len(encoded[i].ids) - encoded[i].prompt_length for i in piece]
-                logps.update(zip(piece, logp.split(lengths), strict=True))
-        return [logps[i] for i in range(len(encoded))]
+                sums = [float(part.double().sum()) for part in entropy.split(lengths)]
+                found.update(zip(piece, zip(logp.split(lengths), sums, strict=True), strict=True))
+        return [found[i] for i in range(len(encoded))]
 
     def update(self, rollouts: Sequence[Rollout], step: int, total: int) -> dict[str, float]:
         """One optimizer step on these rollouts; returns what is logged, as means per response token."""
@@ -273,7 +273,7 @@ class GRPOTrainer:
                 sum(reward**2 for reward in rewards),
                 float(sum(len(rollout.sample.token_ids) for rollout in rollouts)),
                 float(sum(rollout.sample.finish_reason == "length" for rollout in rollouts)),
-                self._entropy,
+                sum(rollout.old_entropy for rollout in rollouts),
             ]
         )
         mean = reward / count

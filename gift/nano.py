@@ -114,8 +114,8 @@ def plain_problems(task: str, count: int, seed: int, **settings: Any) -> list[Ex
     return list(distinct.values())[:count]
 
 
-TARGET: dict[str, Any] = {"terms": (3, 5), "digits": (1, 1)}
-LONGER: dict[str, Any] = {"terms": (6, 7), "digits": (1, 1)}
+TARGET: dict[str, Any] = {"terms": (3, 6), "digits": (1, 1)}
+LONGER: dict[str, Any] = {"terms": (7, 8), "digits": (1, 1)}
 OTHER_TASKS: dict[str, dict[str, Any]] = {
     "gcd": {"max_value": 30},
     "products": {"max_digits": 1},
@@ -168,9 +168,9 @@ def training_problems(count: int, seed: int) -> list[Example]:
 # The base's pretraining text
 
 
-STYLES = {"worked": 0.25, "running": 0.2, "words": 0.15, "direct": 0.3, "bare": 0.1}
+STYLES = {"worked": 0.18, "running": 0.16, "words": 0.12, "direct": 0.38, "bare": 0.16}
 SLIP = 0.1  # share of steps whose result is wrong
-CHAIN_MIX = [(0.40, (2, 3), (1, 1)), (0.40, (3, 7), (1, 1)), (0.05, (2, 3), (1, 2))]  # share, terms, digits
+CHAIN_MIX = [(0.40, (2, 3), (1, 1)), (0.40, (3, 8), (1, 1)), (0.05, (2, 3), (1, 2))]  # share, terms, digits
 OTHER_SHARE = 0.05  # of each of OTHER_TASKS
 
 
@@ -240,7 +240,7 @@ def base_key(settings: Pretrain, engine: Engine) -> dict[str, Any]:
 
 
 def prepare_base(settings: Pretrain, engine: Engine) -> Path:
-    """The checkpoint folder of the base: taken from the cache, or pretrained (continuing where a killed run stopped)."""
+    """The checkpoint folder of the base: from the cache, or pretrained (continuing where a killed run stopped)."""
     init_distributed()
     key = base_key(settings, engine)
     home = cache_root() / f"nano-{sha256_json(key)[:12]}"

@@ -392,6 +392,8 @@ def main(argv: list[str]) -> int:
     for suite in recipe.eval.suites:
         find(SUITES, suite, "suite")
     quiet_libraries()
+    if recipe.engine.threads is not None:
+        torch.set_num_threads(recipe.engine.threads)
     init_distributed()
     check_ranks(recipe)
     started = time.perf_counter()

@@ -107,7 +107,7 @@ def test_update_equals_the_naive_loss(tmp_path: Path, tokenizer, monkeypatch):
     assert any(rollout.advantage == 0 for rollout in rollouts), "no group to skip: the test would not cover skipping"
     # An old policy further away than the clip range, so that every branch of the loss is taken.
     moved = [
-        grpo.Rollout(r.encoded, r.sample, r.verdict, r.advantage, r.old_logp + 0.7 * torch.randn_like(r.old_logp))
+        grpo.Rollout(r.encoded, r.sample, r.verdict, r.advantage, r.old_logp + 0.7 * torch.randn_like(r.old_logp), 0.0)
         for r in rollouts
     ]
     naive = tiny_model(tokenizer)
