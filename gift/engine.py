@@ -32,11 +32,17 @@ from gift.records import atomic_path, read_json, remove, sync, write_json
 T = TypeVar("T")
 
 
-def init_distributed() -> None:
-    """Joins the ranks a launcher started, or makes this process the only rank. Idempotent."""
+def import_deepspeed() -> Any:
+    """DeepSpeed, told which accelerator to use before it looks (and warns) for itself."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
+    return deepspeed
+
+
+def init_distributed() -> None:
+    """Joins the ranks a launcher started, or makes this process the only rank. Idempotent."""
+    deepspeed = import_deepspeed()
     if dist.is_initialized():
         return
     # DeepSpeed would compile a shared-memory all-reduce here, for half a minute; gloo serves a CPU run well enough.
@@ -98,8 +104,7 @@ class TrainingEngine:
     def __init__(
         self, module: nn.Module, model: PreTrainedModel, settings: EngineSettings, optimizer: Optimizer
     ) -> None:
-        import deepspeed
-
+        deepspeed = import_deepspeed()
         init_distributed()
         self.model = model
         self.settings = settings
@@ -237,8 +242,7 @@ class TrainingEngine:
     @contextlib.contextmanager
     def gathered_weights(self) -> Iterator[None]:
         """Makes whole weights readable on every rank, also where ZeRO-3 has cut them up."""
-        import deepspeed
-
+        deepspeed = import_deepspeed()
         parameters = list(self.model.parameters()) if self.settings.zero_stage == 3 else []
         with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)):
             yield
@@ -282,10 +286,7 @@ def quiet_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.ERROR)
+    import_deepspeed().utils.logger.setLevel(logging.ERROR)
 
 
 def learning_rate(optimizer: Optimizer, step: int, total_steps: int) -> float:

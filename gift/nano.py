@@ -239,16 +239,25 @@ def base_key(settings: Pretrain, engine: Engine) -> dict[str, Any]:
     }
 
 
+def base_home(settings: Pretrain, engine: Engine) -> Path:
+    """The base's folder in the cache."""
+    return cache_root() / f"nano-{sha256_json(base_key(settings, engine))[:12]}"
+
+
+def pretraining_cost(settings: Pretrain, engine: Engine) -> int:
+    """Roughly how many tokens making the base passes through the model (backward counts twice); 0 if it is cached."""
+    return 0 if (base_home(settings, engine) / "model").exists() else 3 * 40 * settings.documents
+
+
 def prepare_base(settings: Pretrain, engine: Engine) -> Path:
     """The checkpoint folder of the base: from the cache, or pretrained (continuing where a killed run stopped)."""
     init_distributed()
-    key = base_key(settings, engine)
-    home = cache_root() / f"nano-{sha256_json(key)[:12]}"
+    home = base_home(settings, engine)
     checkpoint = home / "model"
     with only_one(home):
         if not checkpoint.exists():
             if rank() == 0:
-                write_json(home / "made-from.json", key)
+                write_json(home / "made-from.json", base_key(settings, engine))
             pretrain(settings, engine, home, checkpoint)
     return checkpoint
 

@@ -64,20 +64,21 @@ class Job:
     def steps(self) -> list[Step]:
         """All steps in order. Costs only weigh the estimate of what remains; a backward pass counts as two forward."""
         recipe, methods = self.recipe, self.recipe.methods
+        embedded = recipe.base.model == "nano"
         length = recipe.data.max_length / 4
         policies = 1 + len(methods) * (1 if recipe.rl is None else 2)
         init = recipe.data.sft * recipe.init.epochs * length
         steps = [
-            Step("base", self.base, recipe.base.pretrain.documents * 40 * 3 if recipe.base.model == "nano" else 0),
+            Step("base", self.base, nano.pretraining_cost(recipe.base.pretrain, recipe.engine) if embedded else 0),
             Step("data", self.data),
             *(Step(f"init {m}", partial(self.init, m), init * (4 if self._needs_reference(m) else 3)) for m in methods),
         ]
         if recipe.rl is not None:
             rollouts = recipe.data.rl * recipe.rl.epochs * recipe.rl.group_size
-            steps += [Step(f"rl {m}", partial(self.rl, m), rollouts * length * 6) for m in methods]
+            steps += [Step(f"rl {m}", partial(self.rl, m), rollouts * length * 4) for m in methods]
         return [
             *steps,
-            Step("eval", self.evaluate, policies * 4000 * length * 4),
+            Step("eval", self.evaluate, policies * 4000 * length),
             Step("drift", self.drift, policies * recipe.data.validation * length * 4),
             Step("report", self.report),
         ]
