@@ -12,7 +12,6 @@ import datetime as dt
 import logging
 import math
 import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,13 +46,13 @@ def init_distributed() -> None:
         return
     # DeepSpeed would compile a shared-memory all-reduce here, for half a minute; gloo serves a CPU run well enough.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" not in os.environ:  # nobody launched ranks: a store in this process needs neither port nor environment
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on this one
     deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+        dist_backend=backend,
+        auto_mpi_discovery=False,
         timeout=dt.timedelta(days=1),  # other ranks wait while the first evaluates
         verbose=False,
     )

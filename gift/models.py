@@ -40,7 +40,10 @@ def download(name: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the Hub's client raises a dozen unrelated kinds
-        raise UserError(f"{name}: no such folder, and the Hub does not give it: {first_line(error)}") from error
+        raise UserError(
+            f"{name}: no such folder, and not to be had from the Hub ({first_line(error)});"
+            " give a checkpoint folder or a Hub id"
+        ) from error
 
 
 def load_model(name: str | Path, *, dtype: str = "float32", revision: str | None = None) -> PreTrainedModel:
