@@ -48,7 +48,7 @@ def init_distributed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" not in os.environ:  # nobody launched ranks: a store in this process needs neither port nor environment
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on this one
     deepspeed.init_distributed(
         dist_backend=backend,
@@ -158,9 +158,8 @@ class TrainingEngine:
     def _partitions(self) -> list[Tensor]:
         """This rank's fp32 master weights, in the optimizer's order: whole parameters, or ZeRO's flat partitions."""
         optimizer = self.deepspeed.optimizer
-        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
-            if hasattr(optimizer, name):
-                return list(getattr(optimizer, name))
+        if hasattr(optimizer, "single_partition_of_fp32_groups"):
+            return list(optimizer.single_partition_of_fp32_groups)
         return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def _adam_state(self) -> dict[Tensor, dict[str, Any]]:
@@ -224,27 +223,10 @@ class TrainingEngine:
         return progress
 
     def _refresh_weights(self) -> None:
-        """Copies the restored masters into the model's own low-precision weights, where those are apart."""
+        """Copies the restored masters into the model's own weights, where those are apart (ZeRO keeps them so)."""
         optimizer = self.deepspeed.optimizer
         if hasattr(optimizer, "single_partition_of_fp32_groups"):
             optimizer.update_lp_params()
-        elif self.settings.zero_stage == 3 or hasattr(optimizer, "fp32_groups_flat_partition"):
-            raise UserError("continuing a killed run is not supported yet with ZeRO stage 3 or bf16 without ZeRO")
-
-    def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes the weights as a Hugging Face folder, with its tokenizer, atomically."""
-        with self.gathered_weights():
-            if rank() == 0:
-                export_checkpoint(self.model, tokenizer, folder)
-        barrier()
-
-    @contextlib.contextmanager
-    def gathered_weights(self) -> Iterator[None]:
-        """Makes whole weights readable on every rank, also where ZeRO-3 has cut them up."""
-        deepspeed = import_deepspeed()
-        parameters = list(self.model.parameters()) if self.settings.zero_stage == 3 else []
-        with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)):
-            yield
 
     def close(self) -> None:
         """Frees DeepSpeed's buffers and hooks; the model stays usable."""

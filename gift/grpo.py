@@ -142,7 +142,7 @@ class GRPOTrainer:
         return total
 
     def train_step(self, problems: Sequence[Example], step: int, total: int) -> dict[str, Any]:
-        """Rolls out, grades and updates on one batch of problems; returns what is logged."""
+        """Rolls out, grades and updates on one batch of problems; returns what is logged (of the last update)."""
         started = time.perf_counter()
         mine = share_of_rank(problems)
         samples = self.sample(mine, step)
@@ -160,7 +160,7 @@ class GRPOTrainer:
         seconds = {"rollout": sampled - started, "grade": graded - sampled, "update": time.perf_counter() - graded}
         return {
             **row,
-            **{name: sum(update[name] for update in updates) / len(updates) for name in updates[0]},
+            **updates[-1],
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
         }
 
@@ -213,9 +213,11 @@ class GRPOTrainer:
         return [found[i] for i in range(len(encoded))]
 
     def update(self, rollouts: Sequence[Rollout], step: int, total: int) -> dict[str, float]:
-        """One optimizer step on these rollouts; returns what is logged, as means per response token."""
-        (tokens,) = total_over_ranks([float(sum(len(rollout.sample.token_ids) for rollout in rollouts))])
+        """One optimizer step on these rollouts; returns what is logged, means per token that has a gradient."""
         live = [rollout for rollout in rollouts if rollout.advantage != 0] or list(rollouts[:1])
+        tokens, computed = total_over_ranks(
+            [float(sum(len(rollout.sample.token_ids) for rollout in part)) for part in (rollouts, live)]
+        )
         pieces = by_length(live, lambda rollout: len(rollout.encoded.ids), self.engine.settings.micro_tokens)
         batches = lockstep([self._batch(piece) for piece in pieces], no_labels)
         logged = torch.zeros(2, dtype=torch.float64)
@@ -226,7 +228,7 @@ class GRPOTrainer:
         lr = learning_rate(self.settings.optimizer, step, total)
         grad_norm = self.engine.step(lr)
         clipped, kl = total_over_ranks(logged.tolist())
-        return {"clip_share": clipped / tokens, "kl_old": kl / tokens, "grad_norm": grad_norm, "lr": lr}
+        return {"clip_share": clipped / computed, "kl_old": kl / computed, "grad_norm": grad_norm, "lr": lr}
 
     def validate(self, validation: Sequence[Example], *, step: int) -> None:
         """Logs greedy accuracy on the first `validation_items` held-out problems."""

@@ -38,6 +38,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 WINDOW = 4096
+MADE_BY = ("nano", "sft", "engine", "vocab", "objectives", "data", "models")  # modules whose code decides the base
+PACKAGES = ("torch", "transformers", "tokenizers", "deepspeed", "reasoning-gym")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ def chain_problems(count: int, seed: int, *, prefix: str, **settings: Any) -> li
     wave = 0
     while len(distinct) < count:
         wave += 1
-        for entry in chains(count, sample_seed(seed, wave), **settings):
+        for entry in chains(count, sample_seed(prefix, seed, wave), **settings):
             solution = worked_solution(steps(entry["metadata"]["expression"]))
             example = Example(f"{prefix}-{len(distinct)}", entry["question"], solution, entry["answer"])
             distinct.setdefault(normalize(example.prompt), example)
@@ -191,18 +193,22 @@ def in_style(expression: str, style: str, rng: random.Random) -> str:
 
 
 def pretraining_text(count: int, seed: int) -> list[tuple[str, str]]:
-    """(prompt, response) documents: mostly chains, of several lengths and in several styles, and other tasks."""
+    """(prompt, response) documents: mostly chains, of several lengths and in several styles, and other tasks.
+
+    No prompt of an evaluation set is among them. Problems this small do recur in the subsets of a run, though.
+    """
     rng = random.Random(seed)
     documents = []
     for number, (share, terms, digits) in enumerate(CHAIN_MIX):
-        for entry in chains(int(share * count), sample_seed(seed, number), terms=terms, digits=digits):
+        for entry in chains(int(share * count), sample_seed("pretrain", seed, number), terms=terms, digits=digits):
             style = rng.choices(list(STYLES), list(STYLES.values()))[0]
             documents.append((entry["question"], in_style(entry["metadata"]["expression"], style, rng)))
     for task, settings in OTHER_TASKS.items():
-        for entry in generate(task, int(OTHER_SHARE * count), seed, **settings):
+        for entry in generate(task, int(OTHER_SHARE * count), sample_seed("pretrain", seed), **settings):
             documents.append((entry["question"], boxed(entry["answer"]) if rng.random() < 0.8 else entry["answer"]))
     rng.shuffle(documents)
-    return documents
+    held_out = {normalize(problem.prompt) for one in EVAL_SETS.values() for problem in one.problems(one.items)}
+    return [document for document in documents if normalize(document[0]) not in held_out]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,13 +235,14 @@ def cache_root() -> Path:
 
 
 def base_key(settings: Pretrain, engine: Engine) -> dict[str, Any]:
-    """Everything the base depends on; its hash names it in the cache."""
+    """What the base depends on; its hash names it in the cache."""
     versions = package_versions()
+    sources = {name: (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8") for name in MADE_BY}
     return {
         "pretrain": asdict(settings),
         "engine": asdict(engine),
-        "source": sha256_json(ast.dump(ast.parse(Path(__file__).read_text(encoding="utf-8")))),
-        "packages": {name: versions[name] for name in ("torch", "transformers", "tokenizers", "reasoning-gym")},
+        "source": {name: sha256_json(ast.dump(ast.parse(source))) for name, source in sources.items()},
+        "packages": {name: versions[name] for name in PACKAGES},
     }
 
 

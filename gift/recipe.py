@@ -37,7 +37,7 @@ class Optimizer:
 class Engine:
     """How DeepSpeed trains."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Literal[0, 1, 2] = 2
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     micro_tokens: int = 16384
     """Padded tokens a rank passes through the model at once. The batch size does not depend on it."""
@@ -307,6 +307,8 @@ def check(recipe: Recipe, file: str) -> None:
 
     is_folder_name = Path(recipe.name).name == recipe.name and recipe.name not in ("", "..")
     require(is_folder_name, f"name {recipe.name!r} must be usable as a folder's name")
+    low_precision_alone = recipe.engine.zero_stage == 0 and recipe.engine.dtype == "bfloat16"
+    require(not low_precision_alone, "engine: bfloat16 needs zero_stage 1 or 2, which keep fp32 master weights")
     require(bool(recipe.methods), "methods is empty: name at least one, such as sft: {objective: sft, label: SFT}")
     for name, method in recipe.methods.items():
         require(

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
+TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 TILE_TOKENS = {"cpu": 1024, "cuda": 4096}
 MASKED = -1e30  # stands for -inf inside a tile: finite, so that its product with a probability of 0 is 0
 
