@@ -144,7 +144,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"), help="the page to write")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     outcomes = []
     for seed in range(arguments.seeds):
         run = train(seed, arguments.runs, arguments.overrides)

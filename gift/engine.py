@@ -12,7 +12,7 @@ import datetime as dt
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -249,10 +249,11 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written: {error}; mend this and run again") from None
 
 
-def check_finite(value: float, what: str) -> None:
-    """Raises UserError where training has diverged; what was saved before is intact."""
-    if not math.isfinite(value):
-        raise UserError(f"{what} is {value}: training has diverged; lower the learning rate and start a new run")
+def check_finite(row: Mapping[str, Any], where: str) -> None:
+    """Raises UserError, naming the number and `where`, where training has diverged; what was saved before is intact."""
+    for name, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where}: {name} is {value}: training has diverged; lower the learning rate in a new run")
 
 
 def barrier() -> None:

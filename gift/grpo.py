@@ -129,7 +129,6 @@ class GRPOTrainer:
             start = position * settings.batch_size
             row = self.train_step([problems[i] for i in order[start : start + settings.batch_size]], step, total)
             done = step + 1
-            check_finite(row["grad_norm"], f"{self.policy}: the gradient norm of step {done}")
             self._record("train", done, row)
             if settings.validate_every and (done % settings.validate_every == 0 or done == total):
                 self.validate(validation, step=done)
@@ -262,6 +261,7 @@ class GRPOTrainer:
         }
 
     def _record(self, event: str, step: int, row: dict[str, Any]) -> None:
+        check_finite(row, f"{self.policy}, step {step}")
         if rank() == 0:
             self.log.append([{"policy": self.policy, "stage": "rl", "event": event, "step": step, **row}])
 

@@ -42,7 +42,8 @@ class Stage:
     seed: int
 
     def record(self, log: JsonlLog, event: str, step: int, row: dict[str, Any]) -> None:
-        """Logs one row, on the first rank alone."""
+        """Logs one row, on the first rank alone. Raises UserError where a number in it is not finite."""
+        check_finite(row, f"{self.policy}, step {step}")
         if rank() == 0:
             log.append([{"policy": self.policy, "stage": self.name, "event": event, "step": step, **row}])
 
@@ -131,7 +132,6 @@ def train(
         if beta is None:
             del row["soft_share"]
         done = step + 1
-        check_finite(row["loss"], f"{stage.policy}: the loss of step {done}")
         stage.record(log, "train", done, {"epoch": done / per_epoch, **row})
         if done % per_epoch == 0:
             validate(stage, engine, pad, log, epoch=done // per_epoch, step=done)

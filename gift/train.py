@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from gift.cli import UserError, run_command, say
 from gift.data import Encoded, Example, encode, fingerprint, read_examples, split, write_examples
 from gift.engine import barrier, export_checkpoint, init_distributed, quiet_libraries, rank, world_size
 from gift.grpo import GRPOTrainer
-from gift.models import check_checkpoint, download, end_ids, is_local, load_model, load_tokenizer
+from gift.models import check_checkpoint, download, end_ids, first_line, is_local, load_model, load_tokenizer
 from gift.objectives import needs_reference, resolve
 from gift.recipe import Recipe, as_tree, load_recipe
 from gift.records import JsonlLog, RunDir, remove, sha256_json, sha256_weights, utc_now
@@ -90,6 +91,8 @@ class Job:
         """
         steps = self.steps()
         remaining = sum(step.cost for step in steps if not self._done(step.name))
+        if not all(self._done(step.name) for step in steps):
+            self.run.update(status="running", finished=None)
         spent, seconds = 0.0, 0.0
         for number, step in enumerate(steps, start=1):
             title = f"[{number}/{len(steps)}] {step.name}"
@@ -105,11 +108,24 @@ class Job:
     def _execute(self, step: Step) -> float:
         started = time.perf_counter()
         self._mark(step.name, status="running", started=utc_now())
-        lacking = step.work()
+        try:
+            lacking = step.work()
+        except Exception as error:
+            with suppress(OSError):  # a full disk is what may have stopped the step
+                self._mark(step.name, status="failed", reason=first_line(error), finished=utc_now())
+                self.run.update(status="failed")
+            raise
         gc.collect()
         seconds = time.perf_counter() - started
         status = "done" if lacking is None else "incomplete"
-        self._mark(step.name, status=status, reason=lacking, finished=utc_now(), seconds=round(seconds, 1))
+        self._mark(
+            step.name,
+            status=status,
+            reason=lacking,
+            finished=utc_now(),
+            seconds=round(seconds, 1),
+            peak_memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        )
         if lacking is not None:
             self._say(f"  {step.name}: incomplete: {lacking}")
         return seconds
@@ -243,7 +259,11 @@ class Job:
         complete = all(self._done(step.name) for step in self.steps() if step.name != "report")
         self.run.update(status="complete" if complete else "failed", finished=utc_now())
         if rank() == 0:
-            build_report([self.run.path], self.run.path / "report.html")
+            try:
+                build_report([self.run.path], self.run.path / "report.html")
+            except BaseException:
+                self.run.update(status="failed")
+                raise
         barrier()
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -273,6 +293,12 @@ class Job:
     ) -> None:
         node = {"id": policy, "label": label, "parent": parent, "stage": stage, "method": method}
         digest = sha256_weights(self.run.path / checkpoint)
+        for known in self.run.manifest["lineage"]:
+            if known["id"] == policy and known["weights_sha256"] != digest:
+                raise UserError(
+                    f"{checkpoint}: not the {policy} this run began with (other weights), so what was trained from it"
+                    " cannot be compared; put the old one back, or start a new run with name=ANOTHER"
+                )
         self.run.add_node({**node, "checkpoint": str(checkpoint), "weights_sha256": digest})
 
     def _needs_reference(self, name: str) -> bool:
@@ -363,6 +389,16 @@ def differing(old: Any, new: Any, key: str = "") -> list[str]:
     return [] if old == new else [key]
 
 
+def check_paths(recipe: Recipe) -> None:
+    """Raises UserError for a file or folder of the recipe that is not there, before any work is done."""
+    if recipe.data.source != "nano" and not Path(recipe.data.source).is_file():
+        raise UserError(f"{recipe.data.source}: no such data file (data.source)")
+    if recipe.eval.data_dir is not None and not Path(recipe.eval.data_dir).is_dir():
+        raise UserError(f"{recipe.eval.data_dir}: no such folder (eval.data_dir)")
+    if recipe.base.model != "nano" and is_local(recipe.base.model):
+        check_checkpoint(Path(recipe.base.model).expanduser())
+
+
 def check_ranks(recipe: Recipe) -> None:
     """Raises UserError where batches cannot be shared evenly among the ranks."""
     ranks = world_size()
@@ -387,7 +423,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)"
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     for suite in recipe.eval.suites:
@@ -397,6 +433,7 @@ def main(argv: list[str]) -> int:
         torch.set_num_threads(recipe.engine.threads)
     init_distributed()
     check_ranks(recipe)
+    check_paths(recipe)
     started = time.perf_counter()
     with opened(recipe, arguments.runs, arguments.overrides) as run:
         complete = Job(recipe, run).execute()

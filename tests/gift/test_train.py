@@ -48,15 +48,17 @@ class Job:
         self.run = folder / "runs" / "tiny"
         self.cache = folder / "cache"
 
-    def start(self, *overrides: str, file_limit: int | None = None) -> subprocess.Popen[str]:
+    def start(self, *overrides: str, file_limit: int | None = None, ranks: int = 0) -> subprocess.Popen[str]:
         environment = {**os.environ, "GIFT_CACHE": str(self.cache), "OMP_NUM_THREADS": "1"}
 
         def limit() -> None:
             if file_limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks else []
+        arguments = [str(self.recipe), "--runs", str(self.folder / "runs"), *overrides]
         return subprocess.Popen(
-            [sys.executable, "-m", "gift.train", str(self.recipe), *overrides, "--runs", str(self.folder / "runs")],
+            [sys.executable, "-m", *launcher, "gift.train", *arguments],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -185,6 +187,24 @@ def test_a_full_disk_is_one_line_and_loses_nothing(finished: Job, tmp_path: Path
     assert job.numbers() == finished.numbers()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [{"zero_stage": 0, "dtype": "float32"}, {"zero_stage": 2, "dtype": "bfloat16"}])
+def test_two_ranks_train_as_one_does(finished: Job, tmp_path: Path, engine: dict[str, object]):
+    job = Job(tmp_path)
+    job.recipe.write_text(TINY.replace("{zero_stage: 0, dtype: float32}", json.dumps(engine)))
+    if engine["dtype"] == "float32":
+        job.cache = finished.cache
+    code, _, err = job.finish(ranks=2)
+    assert code == 0, err
+    tolerance = 1e-5 if engine["dtype"] == "float32" else 0.05
+
+    def losses(one: Job) -> list[float]:
+        rows = read_jsonl(one.run / "metrics.jsonl")
+        return [row["nll"] for row in rows if row["stage"] == "init" and row["event"] == "train"]
+
+    assert losses(job) == pytest.approx(losses(finished), rel=tolerance)
+
+
 def bad(tmp_path: Path, recipe: str, *overrides: str) -> str:
     """What the job says of a recipe it cannot run: one line, exit code 2, no run left half-made."""
     job = Job(tmp_path)
@@ -218,6 +238,13 @@ def in_process(tmp_path: Path, *arguments: str) -> str:
 def test_unknown_recipe_and_suite_name_the_nearest(tmp_path: Path):
     assert "did you mean 'nano'" in in_process(tmp_path, "nani")
     assert "did you mean 'nano'" in in_process(tmp_path, "nano", "eval.suites=[nanp]")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_missing_data_is_said_before_any_work(tmp_path: Path):
+    local = ["nano", f"base.model={tmp_path / 'model'}", f"data.source={tmp_path / 'gone.jsonl'}"]
+    assert "gone.jsonl: no such data file" in in_process(tmp_path, *local)
+    assert "nowhere: no such folder" in in_process(tmp_path, "nano", "eval.data_dir=nowhere")
     assert not (tmp_path / "runs").exists()
 
 
