@@ -12,8 +12,9 @@ states and head:
     logp            vocab_stats and the sft objective
     cross-entropy   torch's cross_entropy on whole logits
 
-Times are medians over repetitions in which the cases take turns, after one round of warming up. Memory is the growth
-of a fresh process's resident set at its peak, less the gradients themselves.
+Times are medians over repetitions in which the cases take turns, after one round of warming up; on a machine that does
+other work as well, compare CPU seconds (all threads together). Memory is the growth of a fresh process's resident set
+at its peak, less the gradients themselves.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -102,19 +103,29 @@ CASES: dict[str, Callable[[Inputs], None]] = {
 }
 
 
-def measure_times(inputs: Inputs, repetitions: int) -> dict[str, list[float]]:
-    """Wall seconds of every case; the order of the cases is reversed in every other repetition."""
-    times: dict[str, list[float]] = {name: [] for name in CASES}
+@dataclass
+class Times:
+    """Seconds of every timed pass of a case: on the clock, and on all threads together."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+
+def measure_times(inputs: Inputs, repetitions: int) -> dict[str, Times]:
+    """Times of every case; the order of the cases is reversed in every other repetition."""
+    times = {name: Times() for name in CASES}
     bar = progress((repetitions + 1) * len(CASES), "timing", unit="pass")
     for repetition in range(repetitions + 1):
         for name in list(CASES)[:: 1 if repetition % 2 else -1]:
             inputs.hidden.grad = inputs.weight.grad = None
-            start = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             CASES[name](inputs)
-            times[name].append(time.perf_counter() - start)
+            if repetition > 0:
+                times[name].wall.append(time.perf_counter() - wall)
+                times[name].cpu.append(time.process_time() - cpu)
             bar.update()
     bar.close()
-    return {name: values[1:] for name, values in times.items()}
+    return times
 
 
 def measure_memory(name: str, shape: tuple[int, int, int], threads: int) -> int:
@@ -150,19 +161,20 @@ def main() -> None:
         memory = {name: job.get() for name, job in jobs.items()}
     torch.set_num_threads(arguments.threads)
     times = measure_times(Inputs.random(*shape), arguments.repetitions)
-    seconds = {name: statistics.median(values) for name, values in times.items()}
+    wall = {name: statistics.median(case.wall) for name, case in times.items()}
+    cpu = {name: statistics.median(case.cpu) for name, case in times.items()}
 
     machine = hardware()
     print(f"V = {arguments.vocab}, H = {arguments.width}, N = {arguments.tokens}, float32, beta = {BETA:g}")
     print(f"{machine['processor']}, {machine['cores']} cores, {arguments.threads} threads, torch {torch.__version__}\n")
-    print(f"{'':14}{'median s':>10}{'min s':>9}{'max s':>9}{'memory MiB':>13}")
-    for name, values in times.items():
-        spread = f"{seconds[name]:10.3f}{min(values):9.3f}{max(values):9.3f}"
-        print(f"{name:14}{spread}{memory[name] / MEBI:13.1f}")
-    print(f"\n{'':22}{'time':>8}{'memory':>10}")
+    print(f"{'':22}{'median s':>10}{'min s':>9}{'max s':>9}{'CPU s':>9}{'memory MiB':>13}")
+    for name, case in times.items():
+        seconds = f"{wall[name]:10.3f}{min(case.wall):9.3f}{max(case.wall):9.3f}{cpu[name]:9.3f}"
+        print(f"{name:22}{seconds}{memory[name] / MEBI:13.1f}")
+    print()
     for ours, theirs in (("gift", "gift, naive"), ("logp", "cross-entropy")):
-        ratios = f"{seconds[ours] / seconds[theirs]:8.2f}{memory[ours] / memory[theirs]:10.4f}"
-        print(f"{f'{ours} / {theirs}':22}{ratios}")
+        ratios = f"{wall[ours] / wall[theirs]:10.2f}{cpu[ours] / cpu[theirs]:27.2f}"
+        print(f"{f'{ours} / {theirs}':22}{ratios}{memory[ours] / memory[theirs]:13.4f}")
 
 
 if __name__ == "__main__":

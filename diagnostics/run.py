@@ -8,7 +8,8 @@ tokens, the sum and the sum of squares of each metric, which is what clustered i
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ import torch
 from diagnostics import distribution, representation
 from diagnostics.states import States, collect, encode_alike
 from evals.stats import clustered_mean
-from gift.cli import UserError, progress, run_command, say
+from gift.cli import UserError, positive, progress, run_command, say
 from gift.data import Encoded, Example, fingerprint, read_examples
-from gift.models import DTYPES, check_checkpoint, lm_head, load_config, load_model
-from gift.records import RunDir, read_table, remove, sha256_file, sha256_json, sha256_weights, utc_now, write_table
+from gift.models import DTYPES, check_checkpoint, device, lm_head, load_config, load_model, quiet_transformers
+from gift.records import RunDir, read_table, sha256_file, sha256_json, sha256_weights, utc_now, write_table
 
 SLAB_TOKENS = 16384  # tokens between two updates of the progress bar
 
@@ -113,8 +114,7 @@ class Side:
 
 def load_side(checkpoint: Path, encoded: Sequence[Encoded], batch_size: int, dtype: str) -> Side:
     """States and LM head of a checkpoint; the rest of the model is freed on return."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(checkpoint, dtype=dtype).to(device)
+    model = load_model(checkpoint, dtype=dtype).to(device())
     try:
         states = collect(model, encoded, batch_size=batch_size)
     except UserError as error:
@@ -130,9 +130,13 @@ def measure_pair(run: RunDir, pair: Pair, sides: Mapping[str, Side], weights: Ma
         columns = per_sequence(sides[a], sides[b], description=f"{a}..{b}")
     except UserError as error:
         raise UserError(f"{run.path}: {a}..{b}: {error}") from None
-    file = f"drift/{a}..{b}.parquet"
-    write_table(run.path / file, columns)
-    entry = {"weights_sha256": [weights[a], weights[b]], "file": file, "sha256": sha256_file(run.path / file)}
+    file = pair_file(run, f"{a}..{b}")
+    write_table(file, columns)
+    entry = {
+        "weights_sha256": [weights[a], weights[b]],
+        "file": file.relative_to(run.path).as_posix(),
+        "sha256": sha256_file(file),
+    }
     drift = run.manifest["drift"]
     run.update(drift={**drift, "pairs": {**drift["pairs"], f"{a}..{b}": entry}})
 
@@ -198,17 +202,28 @@ def open_ledger(run: RunDir, conditions: Mapping[str, Any]) -> None:
     drift = run.manifest["drift"]
     if all(drift.get(name) == value for name, value in conditions.items()):
         return
-    for entry in drift.get("pairs", {}).values():
-        remove(run.path / entry["file"])
+    for file in [pair_file(run, pair) for pair in drift.get("pairs", {})]:
+        file.unlink(missing_ok=True)
     run.update(drift={**conditions, "pairs": {}})
+
+
+def pair_file(run: RunDir, pair: str) -> Path:
+    """The file of a pair '<a>..<b>'. Raises UserError for an id that would lead out of the folder drift.
+
+    The manifest's `file` is for other readers: a manifest from elsewhere must not say what is overwritten or deleted.
+    """
+    for policy in pair.split("..", maxsplit=1):
+        if "/" in policy or policy.startswith("."):
+            raise UserError(f"{run.path / 'manifest.json'}: {policy!r} cannot name a policy: no '/', no leading '.'")
+    return run.path / "drift" / f"{pair}.parquet"
 
 
 def is_measured(run: RunDir, pair: Pair, weights: Mapping[str, str]) -> bool:
     """Whether the pair's file is there, undamaged, and of these weights."""
-    entry = run.manifest["drift"]["pairs"].get("..".join(pair))
+    name = "..".join(pair)
+    path, entry = pair_file(run, name), run.manifest["drift"]["pairs"].get(name)
     if entry is None or entry["weights_sha256"] != [weights[policy] for policy in pair]:
         return False
-    path = run.path / entry["file"]
     return path.is_file() and sha256_file(path) == entry["sha256"]
 
 
@@ -221,8 +236,8 @@ def summary(run: RunDir) -> str:
     drift = run.manifest["drift"]
     rows: list[list[str]] = []
     columns = ["cos", "l2", "kl_new_old", "kl_old_new"]
-    for pair, entry in drift["pairs"].items():
-        table = read_table(run.path / entry["file"])
+    for pair in drift["pairs"]:
+        table = read_table(pair_file(run, pair))
         if not rows:
             columns.append(nearest_overlap(table["metric"]))
         rows.append([pair, *(show_mean(table, metric) for metric in columns)])
@@ -238,7 +253,7 @@ def summary(run: RunDir) -> str:
         DIRECTION_NOTE,
         "",
         f"wrote {run.path / 'manifest.json'} (entry drift: these and all other definitions)",
-        *(f"wrote {run.path / entry['file']}" for entry in drift["pairs"].values()),
+        *(f"wrote {pair_file(run, pair)}" for pair in drift["pairs"]),
     ]
     return "\n".join(lines)
 
@@ -263,24 +278,20 @@ def show_mean(table: Mapping[str, Sequence[Any]], metric: str) -> str:
 def main(argv: list[str]) -> int:
     """The command line; see --help."""
     arguments = parse(argv)
+    quiet_transformers()
     sequences, max_length = arguments.sequences, arguments.max_length
+    settings = {"batch_size": arguments.batch_size, "dtype": arguments.dtype}
     if arguments.run is not None:
         run = RunDir.open(arguments.run)
-        before = run.manifest["drift"]
-        sequences, max_length = sequences or before.get("sequences"), max_length or before.get("max_length")
-        examples = held_out(run.path / "data" / "validation.jsonl", sequences)
+        with run.lock():
+            before = run.manifest["drift"]
+            sequences, max_length = sequences or before.get("sequences"), max_length or before.get("max_length")
+            examples = held_out(run.path / "data" / "validation.jsonl", sequences)
+            measure(run, examples, max_length=max_length or context_length(run), **settings)
     else:
         examples = held_out(arguments.data, sequences, answer="response")  # drift needs no answer, so any text will do
-        run = open_pair_run(arguments.pair, arguments.data, len(examples), arguments.out)
-    with run.lock():
-        measure(
-            run,
-            examples,
-            batch_size=arguments.batch_size,
-            max_length=max_length or context_length(run),
-            dtype=arguments.dtype,
-        )
-        if run.manifest["kind"] == "drift":
+        with opened_pair(arguments.pair, arguments.data, len(examples), arguments.out) as run:
+            measure(run, examples, max_length=max_length or context_length(run), **settings)
             run.update(status="complete", finished=utc_now())
     print(summary(run))
     return 0
@@ -321,29 +332,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def positive(text: str) -> int:
-    """A positive integer from the command line."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+@contextmanager
+def opened_pair(pair: Sequence[Path], data: Path, rows: int, out: Path | None) -> Iterator[RunDir]:
+    """Yields the run directory, of kind 'drift', for two checkpoints, held for this process.
 
-
-def open_pair_run(pair: Sequence[Path], data: Path, rows: int, out: Path | None) -> RunDir:
-    """The run directory, of kind 'drift', for two checkpoints: made now, or found as an earlier start left it.
-
-    Raises UserError if a checkpoint is unusable, or the directory belongs to something else.
+    It is made now, or found as an earlier start left it. Raises UserError if a checkpoint is unusable, if another
+    process is working on the directory, or if that belongs to something else.
     """
     paths = {"a": pair[0].resolve(), "b": pair[1].resolve()}
     for path in paths.values():
         check_checkpoint(path)
     out = out or Path("runs") / f"drift-{paths['a'].name}-{paths['b'].name}"
-    if (out / "manifest.json").exists():
-        run = RunDir.open(out)
-        held = {node["id"]: Path(node["checkpoint"]) for node in run.manifest["lineage"]}
-        if run.manifest["kind"] != "drift" or held not in ({}, paths):
-            raise UserError(f"{out}: this directory holds something other than this pair; give another with --out")
-    else:
-        run = RunDir.create(out, kind="drift", recipe={})
     lineage = [
         {
             "id": policy,
@@ -357,8 +356,17 @@ def open_pair_run(pair: Sequence[Path], data: Path, rows: int, out: Path | None)
         for (policy, path), parent, stage in zip(paths.items(), (None, "a"), ("base", "init"), strict=True)
     ]
     source = {"name": str(data), "revision": None, "sha256": sha256_file(data), "rows": rows}
-    run.update(lineage=lineage, data={"validation": source}, status="running", finished=None)
-    return run
+    out.mkdir(parents=True, exist_ok=True)
+    with RunDir(out, {}).lock():
+        if (out / "manifest.json").exists():
+            run = RunDir.open(out)
+            held = {node["id"]: Path(node["checkpoint"]) for node in run.manifest["lineage"]}
+            if run.manifest["kind"] != "drift" or held not in ({}, paths):
+                raise UserError(f"{out}: this directory holds something other than this pair; give another with --out")
+        else:
+            run = RunDir.create(out, kind="drift", recipe={})
+        run.update(lineage=lineage, data={"validation": source}, status="running", finished=None)
+        yield run
 
 
 def context_length(run: RunDir) -> int:

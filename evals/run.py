@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from evals.results import Evaluation, log_path, print_results, summarize, write_
 from evals.sampling import Sampler, Throughput, pending_chunks
 from evals.suites import PROTOCOLS, SUITES, Protocol, Suite, find
 from evals.tasks import Task, TaskData
-from gift.cli import UserError, progress, run_command, say
+from gift.cli import UserError, positive, progress, run_command, say
 from gift.generation import Engine, build_engine
-from gift.models import check_checkpoint, download, is_local, load_tokenizer
+from gift.models import check_checkpoint, download, is_local, load_tokenizer, quiet_transformers
 from gift.records import RunDir, sha256_json, sha256_weights, utc_now
 
 ELSEWHERE = "repeat those settings, or evaluate the checkpoint apart with --model CHECKPOINT --out DIR"
@@ -237,6 +237,17 @@ def engine_factory(run: RunDir, engine: str, dtype: str) -> Callable[[str], Engi
     return engine_for
 
 
+def recorded(run: RunDir, suite: Suite) -> dict[str, Any]:
+    """`evaluate`'s seed, data_dir and limit where the command line has none: the run's own, so that samples agree."""
+    recipe = run.manifest["recipe"]
+    settings = recipe.get("eval", {}) if run.manifest["kind"] == "train" else {}
+    seed = recipe.get("seed", 0)
+    if (entry := run.manifest["eval"].get(suite.name)) is not None:
+        seed = entry["protocol"]["seed"]
+    data_dir = settings.get("data_dir")
+    return {"seed": seed, "data_dir": Path(data_dir) if data_dir else None, "limit": settings.get("limit")}
+
+
 def print_suites() -> None:
     """What there is to evaluate and how."""
     for suite in SUITES.values():
@@ -248,14 +259,6 @@ def print_suites() -> None:
             f"protocol {protocol.name}: {protocol.runs} runs x {protocol.samples_per_run} samples, temperature"
             f" {protocol.temperature:g}, top-p {protocol.top_p:g}, at most {protocol.max_tokens} tokens"
         )
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -270,11 +273,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--model", help="a checkpoint folder, a Hub id, or a run directory (then every checkpoint of it)")
     add("--policy", action="append", default=[], help="of a run directory, evaluate only this policy (repeatable)")
     add("--task", action="append", default=[], help="of the suite, only this task (repeatable)")
-    add("--limit", type=positive, help="only the first LIMIT items of each task")
-    add("--data-dir", type=Path, help="folder of benchmark files, e.g. DATA_DIR/gsm8k/test.jsonl (default: the Hub)")
+    add("--limit", type=positive, help="only the first LIMIT items of each task (default: as the run's recipe says)")
+    add(
+        "--data-dir",
+        type=Path,
+        help="folder of benchmark files, e.g. DATA_DIR/gsm8k/test.jsonl"
+        " (default: as the run's recipe says, else the Hub)",
+    )
     add("--out", type=Path, help="run directory for a checkpoint on its own (default: runs/eval-NAME-HASH)")
     add("--policy-name", help="what to call a checkpoint on its own (default: its folder's name)")
-    add("--seed", type=int, default=0, help="seed of all samples (default: %(default)s)")
+    add("--seed", type=int, help="seed of all samples (default: that of the run's samples, else of its recipe, else 0)")
     protocol = parser.add_argument_group("protocol (default: the suite's)")
     protocol.add_argument("--protocol", help=f"one of: {', '.join(PROTOCOLS)}")
     protocol.add_argument("--runs", type=positive, help="runs whose mean accuracy is reported")
@@ -283,7 +291,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     protocol.add_argument("--top-p", type=float, help="share of probability mass to sample from")
     protocol.add_argument("--max-tokens", type=positive, help="longest response in tokens")
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--engine", default="hf", help="generation engine (default: %(default)s)")
+    engine.add_argument("--engine", default="hf", choices=("hf",), help="generation engine (default: %(default)s)")
     engine.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights")
     engine.add_argument("--batch-size", type=positive, help="samples generated together (default: the suite's)")
     return parser.parse_args(argv)
@@ -301,6 +309,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{args.data_dir}: no such folder; --data-dir holds e.g. gsm8k/test.jsonl")
     if args.suite == "all" and args.task:
         raise UserError("--task names a task of one suite; name that suite instead of 'all'")
+    quiet_transformers()
     overrides = ("runs", "samples_per_run", "temperature", "top_p", "max_tokens")
     changes = {name: getattr(args, name) for name in overrides if getattr(args, name) is not None}
     suites = list(SUITES.values()) if args.suite == "all" else [find(SUITES, args.suite, "suite")]
@@ -311,27 +320,32 @@ def main(argv: list[str]) -> int:
         protocol = replace(protocol, **changes)
         protocol.check()
         plans.append((suite, protocol))
+    given = {name: getattr(args, name) for name in ("seed", "data_dir", "limit") if getattr(args, name) is not None}
     with opened(args.model, out=args.out, policy_name=args.policy_name, policies=args.policy) as (run, policies):
         standalone = run.manifest["kind"] == "eval"
         if standalone:
             run.update(status="running", finished=None)
-        evaluations = [
-            evaluate(
-                run,
-                policies,
-                suite,
-                protocol,
-                engine_for=engine_factory(run, args.engine, args.dtype),
-                engine_name=args.engine,
-                dtype=args.dtype,
-                seed=args.seed,
-                batch_size=args.batch_size,
-                tasks=args.task,
-                data_dir=args.data_dir,
-                limit=args.limit,
-            )
-            for suite, protocol in plans
-        ]
+        try:
+            evaluations = [
+                evaluate(
+                    run,
+                    policies,
+                    suite,
+                    protocol,
+                    engine_for=engine_factory(run, args.engine, args.dtype),
+                    engine_name=args.engine,
+                    dtype=args.dtype,
+                    batch_size=args.batch_size,
+                    tasks=args.task,
+                    **{**recorded(run, suite), **given},
+                )
+                for suite, protocol in plans
+            ]
+        except Exception:
+            if standalone:
+                with suppress(OSError):  # a full disk is what may have stopped the evaluation
+                    run.update(status="failed", finished=utc_now())
+            raise
         missing = any(evaluation.missing for evaluation in evaluations)
         if standalone:
             run.update(status="failed" if missing else "complete", finished=utc_now())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import errno
 import os
@@ -18,6 +19,13 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 class UserError(Exception):
     """Something the user can mend: the message is one line that names the file, row or key and says what to do."""
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1, as an argparse type."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gift.cli import UserError
+from gift.models import quiet_transformers
 from gift.recipe import Engine as EngineSettings
 from gift.recipe import Optimizer
 from gift.records import atomic_path, read_json, remove, sync, write_json
@@ -264,10 +265,7 @@ def barrier() -> None:
 
 def quiet_libraries() -> None:
     """Keeps transformers' and DeepSpeed's chatter out of a command's output; their errors pass."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     import_deepspeed().utils.logger.setLevel(logging.ERROR)
 
 

@@ -8,12 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from gift.cli import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
 # What some architectures do to logits after the LM head; this suite computes losses from states and head alone.
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+def quiet_transformers() -> None:
+    """Keeps transformers' progress bars and warnings out of a command's output; its errors pass."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def device() -> torch.device:
+    """Where models compute: this process's current GPU, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def is_local(name: str | Path) -> bool:

@@ -33,6 +33,15 @@ from gift.cli import UserError
 from gift.provenance import code_version, hardware, package_versions
 
 SCHEMA_VERSION = 1
+# What every manifest holds, by the JSON type of its value; `finished` is a time or null.
+MANIFEST_KEYS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("kind", "name", "status", "created", "recipe_sha256"), (str,)),
+    "finished": (str, type(None)),
+    **dict.fromkeys(("command", "overrides", "lineage"), (list,)),
+    **dict.fromkeys(("recipe", "seeds", "data", "steps", "eval", "drift", "code", "packages", "hardware"), (dict,)),
+}
+MEND = "restore the manifest or make the run again"
+TYPE_NAMES = {str: "text", list: "a list", dict: "a mapping", type(None): "null"}
 
 
 def utc_now() -> str:
@@ -228,9 +237,6 @@ class JsonlLog:
         """The row's identity in this log."""
         return tuple(row[name] for name in self.key)
 
-    def __contains__(self, key: tuple[Any, ...]) -> bool:
-        return key in self._seen
-
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends those rows whose key is new; they are on disk when this returns, and none is if it raises.
 
@@ -301,7 +307,10 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
-        """Opens an existing run. Raises UserError if there is none, or if a newer version of this suite wrote it."""
+        """Opens an existing run.
+
+        Raises UserError if there is none, if a newer version of this suite wrote it, or if its manifest is damaged.
+        """
         file = path / "manifest.json"
         if not file.exists():
             raise UserError(f"{path}: not a run directory (it has no manifest.json)")
@@ -313,6 +322,12 @@ class RunDir:
                 f"{file}: schema version {manifest['schema_version']} is newer than this suite reads"
                 f" ({SCHEMA_VERSION}); update the suite"
             )
+        for key, types in MANIFEST_KEYS.items():
+            if key not in manifest:
+                raise UserError(f"{file}: no {key!r}; {MEND}")
+            if not isinstance(manifest[key], types):
+                expected = " or ".join(TYPE_NAMES[kind] for kind in types)
+                raise UserError(f"{file}: {key!r} is not {expected}; {MEND}")
         return cls(path, manifest)
 
     @classmethod

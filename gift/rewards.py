@@ -104,18 +104,11 @@ _STATED = re.compile(r"(?:^####(?!#)|\banswer[*_]*\s*(?:is\b|:|=))[\s:*_]*(?=\S)
 _SENTENCE_END = re.compile(r"\.(?:\s|$)")
 
 
-def extract_boxed(text: str) -> str | None:
-    r"""The content of the last complete `\boxed{...}`, or None.
-
-    Braces are counted, escaped ones (`\{`) skipped. Of nested boxes the inner one counts. A box that is never closed,
-    as in a truncated response, is passed over in favour of the last complete one before it.
-    """
-    boxes = _complete_boxes(text)
-    return text[boxes[-1].start : boxes[-1].stop].strip() if boxes else None
-
-
 def _complete_boxes(text: str) -> list[slice]:
-    """Where the contents of the complete boxes lie, in the order in which the boxes open."""
+    r"""Where the contents of the complete boxes lie, in the order in which the boxes open.
+
+    Braces are counted, escaped ones (`\{`) skipped. A box that is never closed, as in a truncated response, is not one.
+    """
     opened: list[tuple[int, bool]] = []  # of each open brace: where its content starts, whether it is a box
     boxes = []
     for token in _BOX_TOKEN.finditer(text):
@@ -132,8 +125,8 @@ def find_answer(response: str) -> tuple[str, str | None]:
     r"""The final answer a response commits to and where it stood, 'boxed' or 'stated'; ('', None) if there is none.
 
     Boxes joined by a comma, or by "and" or "or" with at most three words before it, are one answer with several parts:
-    `\boxed{1}` and `\boxed{2}` is "1, 2", which does not equal 2. A stated answer ends with its line or its sentence.
-    A number elsewhere in the text is not an answer.
+    `\boxed{1}` and `\boxed{2}` is "1, 2", which does not equal 2. Of nested boxes the inner one counts. A stated
+    answer ends with its line or its sentence. A number elsewhere in the text is not an answer.
     """
     boxes = _complete_boxes(response)
     if boxes:

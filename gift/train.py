@@ -31,7 +31,7 @@ from gift.cli import UserError, run_command, say
 from gift.data import Encoded, Example, encode, fingerprint, read_examples, split, write_examples
 from gift.engine import barrier, export_checkpoint, init_distributed, quiet_libraries, rank, world_size
 from gift.grpo import GRPOTrainer
-from gift.models import check_checkpoint, download, end_ids, first_line, is_local, load_model, load_tokenizer
+from gift.models import check_checkpoint, device, download, end_ids, first_line, is_local, load_model, load_tokenizer
 from gift.objectives import needs_reference, resolve
 from gift.recipe import Recipe, as_tree, load_recipe
 from gift.records import JsonlLog, RunDir, remove, sha256_json, sha256_weights, utc_now
@@ -339,11 +339,6 @@ class Job:
     def _say(self, message: str) -> None:
         if rank() == 0:
             say(message)
-
-
-def device() -> torch.device:
-    """This rank's accelerator, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def clock(seconds: float) -> str:

@@ -63,7 +63,8 @@ def facts(run: RunData) -> list[tuple[str, str]]:
 def method_text(policy: Policy, methods: Mapping[str, Any]) -> str:
     """A method's label with its options."""
     options = (methods.get(str(policy.method)) or {}).get("options") or {}
-    inside = ", ".join(f"{name} = {value:g}" for name, value in options.items())
+    # An infinite option, which JSON cannot hold as a number, is the text 'inf' in the manifest.
+    inside = ", ".join(f"{name} = {float(value):g}" for name, value in options.items())
     return f"{policy.label} ({inside})" if inside else policy.label
 
 

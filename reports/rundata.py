@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 from gift.cli import UserError
-from gift.records import RunDir, read_jsonl, read_table, sha256_file
+from gift.records import MEND, RunDir, read_jsonl, read_table, sha256_file
 
 Stage = Literal["base", "init", "rl"]
 Counts = dict[str, tuple[int, int]]
@@ -21,8 +21,6 @@ STAGES: tuple[Stage, ...] = ("base", "init", "rl")
 STAGE_LABELS: dict[Stage, str] = {"base": "", "init": "After initialization", "rl": "After RL"}
 ITEM_COLUMNS = ("task", "item", "policy", "run", "n", "correct")
 DRIFT_COLUMNS = ("metric", "sequence", "n", "sum")
-MAPPINGS = ("recipe", "seeds", "data", "steps", "eval", "drift", "code", "packages", "hardware")
-LISTS = ("lineage", "command", "overrides")
 NOT_EVALUATED = "not evaluated"
 REPORT_STEP = "report"
 SAMPLE_KEYS = ("item", "run", "sample", "prompt", "completion", "status")
@@ -188,17 +186,12 @@ def load_run(path: Path) -> RunData:
 
 def damaged(path: Path, what: str) -> NoReturn:
     """Raises the UserError of a manifest that this module cannot read."""
-    raise UserError(f"{path / 'manifest.json'}: {what}; restore the manifest or make the run again")
+    raise UserError(f"{path / 'manifest.json'}: {what}; {MEND}")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest with its absent mappings and lists empty. Raises UserError if one of them is something else."""
-    manifest = dict(RunDir.open(path).manifest)
-    for key in (*MAPPINGS, *LISTS):
-        kind: type = dict if key in MAPPINGS else list
-        manifest[key] = kind() if manifest.get(key) is None else manifest[key]
-        if not isinstance(manifest[key], kind):
-            damaged(path, f"{key!r} is not a {'mapping' if kind is dict else 'list'}")
+    """The manifest. Raises UserError if it is damaged."""
+    manifest = RunDir.open(path).manifest
     for key in ("data", "steps"):
         for name, entry in manifest[key].items():
             if not isinstance(entry, dict):

@@ -61,7 +61,7 @@ class Engine(Protocol):
     max_model_len: int
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
-        """One sample per request, in their order. A sample depends on its request and the weights, not on the batch."""
+        """One sample per request, in their order, drawn from the request's own stream: up to rounding, whatever the batch."""
 
     def update_weights(self, model: PreTrainedModel) -> None:
         """Generates from these weights from now on."""
@@ -87,10 +87,13 @@ def completion_text(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> str:
 
 
 def build_engine(name: str, checkpoint: Path, *, dtype: str = "auto") -> Engine:
-    """The engine `name` over a checkpoint folder. Raises UserError for an unknown engine or an unusable checkpoint."""
+    """The engine `name` over a checkpoint folder, on the accelerator if there is one.
+
+    Raises UserError for an unknown engine or an unusable checkpoint.
+    """
     from gift.generation.hf import HFEngine
-    from gift.models import load_model
+    from gift.models import device, load_model
 
     if name == "hf":
-        return HFEngine(load_model(checkpoint, dtype=dtype))
+        return HFEngine(load_model(checkpoint, dtype=dtype).to(device()))
     raise UserError(f"unknown generation engine {name!r}{nearest(name, ['hf'])}; engines: hf")

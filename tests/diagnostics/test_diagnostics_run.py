@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from diagnostics import run as drift
 from gift.cli import UserError
@@ -277,6 +278,26 @@ def test_what_changed_is_measured_again(small_run, measured):
     assert set(sums(small_run, "base..sft", "l2")) == {"one", "two"}
 
 
+def test_a_manifest_cannot_say_what_is_deleted(tmp_path, small_run):
+    command = ["--run", str(small_run.path)]
+    drift.main([*command, "--sequences", "1"])
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "file").touch()
+    entry = small_run.path / "drift" / "base..sft.parquet"
+    planted = RunDir.open(small_run.path)
+    planted.manifest["drift"]["pairs"]["base..sft"]["file"] = "../victim"
+    planted.save()
+    drift.main([*command, "--sequences", "2"])
+    assert set(sums(small_run, "base..sft", "l2")) == {"one", "two"}
+    assert entry.is_file()
+    for name in ("../victim", "base../../victim", "base...victim"):
+        run = RunDir.open(small_run.path)
+        run.update(drift={**run.manifest["drift"], "pairs": {name: {}}})
+        with pytest.raises(UserError, match=r"manifest\.json: '.*' cannot name a policy"):
+            drift.main([*command, "--sequences", "1"])
+    assert (tmp_path / "victim" / "file").exists()
+
+
 def test_responses_are_cut_at_the_length_given(small_run):
     drift.measure_run(small_run, sequences=None, batch_size=2, max_length=8)
     assert {name: n for name, (n, *_) in sums(small_run, "base..sft", "l2").items()} == {"one": 3, "two": 1, "three": 4}
@@ -342,6 +363,22 @@ def test_any_two_checkpoints(tmp_path, checkpoints, small_run, measured, capsys)
 
     with pytest.raises(UserError, match="holds something other than this pair"):
         drift.main(["--pair", str(checkpoints["base"]), str(checkpoints["direct-rl"]), *arguments])
+
+
+def test_a_directory_that_another_process_holds_is_left_alone(tmp_path, checkpoints):
+    data = write_rows(tmp_path / "held-out.jsonl")
+    command = ["--pair", str(checkpoints["base"]), str(checkpoints["sft"]), "--data", str(data)]
+    run = RunDir.create(tmp_path / "out", kind="drift", recipe={})
+    before = (run.path / "manifest.json").read_bytes()
+    with run.lock(), pytest.raises(UserError, match="another process is working on this run"):
+        drift.main([*command, "--out", str(run.path)])
+    assert (run.path / "manifest.json").read_bytes() == before
+
+
+def test_no_bar_of_transformers_is_shown(small_run, capfd):
+    logging.enable_progress_bar()
+    drift.main(["--run", str(small_run.path), "--sequences", "1"])
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from toy_suite import PROTOCOL, MadeUpEngine, Sums, tiny_tokenizer, toy_run, toy_suite, write_checkpoint
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging
 
 import evals.run
 from evals.run import evaluate, main
@@ -393,7 +394,46 @@ def test_the_list_names_every_suite_task_and_protocol(command, capsys):
     assert "protocol paper: 4 runs x 1 samples, temperature 0.6, top-p 1, at most 8192 tokens" in shown
 
 
-def test_a_real_model_is_evaluated(tmp_path, monkeypatch):
+def test_a_training_run_is_evaluated_as_its_recipe_says_unless_told_otherwise(command):
+    data = write_gsm8k(Path("data"))
+    run = toy_run(Path("runs/mine"), "sft")
+    run.update(recipe={"seed": 3, "eval": {"suites": ["toy"], "data_dir": str(data), "limit": 2}})
+    assert command(["--suite", "toy", "--model", "runs/mine"]) == 0
+    assert command(["--suite", "math", "--task", "gsm8k", "--model", "runs/mine", "--seed", "4", "--limit", "1"]) == 0
+    manifest = RunDir.open(run.path).manifest["eval"]
+    assert [manifest[suite]["protocol"]["seed"] for suite in ("toy", "math")] == [3, 4]
+    assert [manifest["toy"]["tasks"][task]["items"] for task in ("small", "more")] == [2, 2]
+    assert manifest["math"]["tasks"]["gsm8k"]["items"] == 1
+    # What the samples were made with goes before the recipe, so that this continues them.
+    assert command(["--suite", "math", "--task", "gsm8k", "--model", "runs/mine"]) == 0
+    assert RunDir.open(run.path).manifest["eval"]["math"]["tasks"]["gsm8k"]["items"] == 2
+
+
+@pytest.mark.parametrize("error", [UserError("no room"), RuntimeError("out of memory")])
+def test_an_evaluation_that_fails_is_not_left_running(command, monkeypatch, error):
+    def broken(*_, **__):
+        raise error
+
+    write_checkpoint(Path("model"))
+    argv = ["--suite", "toy", "--model", "model", "--out", "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evals.run, "build_engine", broken)
+        with pytest.raises(type(error), match=str(error)):
+            command(argv)
+    assert RunDir.open(Path("out")).manifest["status"] == "failed"
+    assert command(argv) == 0
+    assert RunDir.open(Path("out")).manifest["status"] == "complete"
+
+
+def test_an_unknown_engine_is_a_usage_error(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command(["--model", "model", "--engine", "vllm"])
+    assert ended.value.code == 2
+    assert "argument --engine: invalid choice: 'vllm'" in capsys.readouterr().err
+
+
+def test_a_real_model_is_evaluated(tmp_path, monkeypatch, capfd):
+    logging.enable_progress_bar()
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -410,7 +450,9 @@ def test_a_real_model_is_evaluated(tmp_path, monkeypatch):
     TOKENIZER.save_pretrained("model")
     write_gsm8k(Path("data"))
     argv = ["--suite", "math", "--task", "gsm8k", "--data-dir", "data", "--model", "model", "--max-tokens", "6"]
+    capfd.readouterr()
     assert main([*argv, "--limit", "2", "--out", "a"]) == 0
+    assert capfd.readouterr().err == "", "transformers shows no bar of its own"
     rows = read_jsonl(Path("a/samples/model/gsm8k.jsonl"))
     assert [(row["item"], row["run"]) for row in rows] == [(f"gsm8k-{n}", run) for n in range(2) for run in range(4)]
     assert all(1 <= row["tokens"] <= 6 for row in rows)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 
 import pytest
 
-from gift.cli import nearest
+from gift.cli import nearest, positive
 
 COMMAND = """
 import errno, sys
@@ -62,3 +63,10 @@ def test_the_traceback_can_be_had():
 def test_nearest_names_only_what_is_near():
     assert nearest("gft", ["sft", "gift"]) == " (did you mean 'gift'?)"
     assert nearest("zzz", ["sft", "gift"]) == ""
+
+
+def test_positive_is_an_integer_from_1():
+    assert positive("12") == 12
+    for text, error in (("0", argparse.ArgumentTypeError), ("-1", argparse.ArgumentTypeError), ("two", ValueError)):
+        with pytest.raises(error):
+            positive(text)

@@ -259,6 +259,11 @@ def test_a_text_ends_before_the_end_token(tiny_checkpoint):
     assert completion_text(tokenizer, stopped) == completion_text(tokenizer, Sample(ids, "length", [])) == "3 + 4 , 7 ."
 
 
+def test_an_engine_computes_on_the_accelerator(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr("gift.models.device", lambda: torch.device("meta"))  # stands in for a GPU
+    assert build_engine("hf", tiny_checkpoint).model.device.type == "meta"
+
+
 def test_engines_by_name(tiny_checkpoint):
     engine = build_engine("hf", tiny_checkpoint)
     (sample,) = engine.generate([Request((5, 6), 0)], SamplingParams(3))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gift import rewards
 from gift.cli import UserError
-from gift.rewards import MAX_ANSWER_CHARS, Verdict, canonical, extract_boxed, grade_math, plain_number
+from gift.rewards import MAX_ANSWER_CHARS, Verdict, canonical, find_answer, grade_math, plain_number
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -60,8 +60,8 @@ def need(name: str) -> list[dict]:
         ("", None),
     ],
 )
-def test_extract_boxed(text, content):
-    assert extract_boxed(text) == content
+def test_the_last_complete_box_is_the_answer(text, content):
+    assert find_answer(text) == (("", None) if content is None else (content, "boxed"))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_an_answer_that_only_mentions_the_gold_is_wrong(response):
 
 
 @given(st.lists(st.sampled_from(["\\boxed{", "{", "}", "\\{", "\\}", "x", " "]), max_size=12).map("".join))
-def test_extract_boxed_agrees_with_counting_from_each_box(text):
+def test_boxes_agree_with_counting_from_each_box(text):
     def content(start: int) -> str | None:
         depth = 1
         for index in range(start, len(text)):
@@ -136,7 +136,7 @@ def test_extract_boxed_agrees_with_counting_from_each_box(text):
 
     starts = [index + 7 for index in range(len(text)) if text.startswith("\\boxed{", index)]
     complete = [found for start in starts if (found := content(start)) is not None]
-    assert extract_boxed(text) == (complete[-1] if complete else None)
+    assert find_answer(text) == ((complete[-1], "boxed") if complete else ("", None))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -229,6 +229,14 @@ def test_settings_show_recipe_and_overrides(page: Page) -> None:
     assert "1234567890abcdef1234567890abcdef12345678" in page.text
 
 
+def test_an_infinite_option_is_shown(tmp_path: Path) -> None:
+    truth = write_run(tmp_path / "run", items=4)
+    recipe = read_json(truth.path / "manifest.json")["recipe"]
+    recipe["methods"]["gift"]["options"]["beta"] = "inf"  # as JSON has it
+    edit_manifest(truth.path, recipe=recipe)
+    assert "GIFT (beta = inf)" in Page(build_report([truth.path], tmp_path / "report.html")).text
+
+
 def test_several_runs_on_one_page(truth: Truth, tmp_path: Path) -> None:
     other = write_run(tmp_path / "other", items=10, seed=8)
     page = Page(build_report([truth.path, other.path], tmp_path / "both.html"))

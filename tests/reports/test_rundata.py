@@ -53,11 +53,7 @@ def test_a_run_whose_report_is_being_made_is_complete(tmp_path: Path) -> None:
     ("file", "content"),
     [
         ("manifest.json", b"{"),
-        ("manifest.json", b'{"schema_version": 1, "lineage": {"gift": 1}}'),
-        ("manifest.json", b'{"schema_version": 1, "lineage": [{"id": "x", "stage": "warmup"}]}'),
-        ("manifest.json", b'{"schema_version": 1, "recipe": "nano"}'),
-        ("manifest.json", b'{"schema_version": 1, "steps": {"eval": "done"}}'),
-        ("manifest.json", b'{"schema_version": 1, "eval": {"nano": {"tasks": {}}}}'),
+        ("manifest.json", b'{"schema_version": 1}'),
         ("items.parquet", b"PAR1 not really"),
         ("metrics.jsonl", b'{"policy": "sft"}\nnot json\n'),
         ("samples/gift/chain.jsonl", b"[]\n"),
@@ -72,6 +68,24 @@ def test_a_damaged_file_is_named(tmp_path: Path, file: str, content: bytes) -> N
         build_report([truth.path], tmp_path / "report.html")
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"lineage": {"gift": 1}}, "'lineage' is not a list"),
+        ({"lineage": ["gift"]}, "an entry of 'lineage' has no id"),
+        ({"lineage": [{"id": "x", "stage": "warmup"}]}, "policy 'x' of 'lineage' has stage 'warmup'"),
+        ({"recipe": "nano"}, "'recipe' is not a mapping"),
+        ({"steps": {"eval": "done"}}, "'eval' of 'steps' is not a mapping"),
+        ({"eval": {"nano": {"tasks": {}}}}, "suite 'nano' of 'eval' is incomplete"),
+    ],
+)
+def test_a_damaged_entry_of_the_manifest_is_named(tmp_path: Path, entries: dict[str, object], said: str) -> None:
+    file = write_run(tmp_path / "run", items=4).path / "manifest.json"
+    write_json(file, {**read_json(file), **entries})
+    with pytest.raises(UserError, match=rf"manifest\.json: {said}"):
+        load_run(file.parent)
 
 
 def test_impossible_and_repeated_counts_are_errors(tmp_path: Path) -> None:
