@@ -61,7 +61,7 @@ class Engine(Protocol):
     max_model_len: int
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
-        """One sample per request, in their order, drawn from the request's own stream: up to rounding, whatever the batch."""
+        """One sample per request, in order, from the request's own stream: the same, up to rounding, in any batch."""
 
     def update_weights(self, model: PreTrainedModel) -> None:
         """Generates from these weights from now on."""
