@@ -9,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from tiny_models import tiny_model
 
 from gift import nano
 
@@ -21,22 +21,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder: a random 2-layer Qwen2 of width 32 (untied head) and a tokenizer. Copy it to change it."""
     texts = [f"{prompt}\n{response}" for prompt, response in nano.pretraining_text(60, seed=0)]
     tokenizer = nano.train_tokenizer(texts, 320)
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            tie_word_embeddings=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-        )
-    )
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = tiny_model(len(tokenizer), tie_word_embeddings=False, **ends)
     folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from tiny_models import KINDS, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 from diagnostics import distribution, states
 from diagnostics.states import collect
@@ -11,24 +12,10 @@ from gift.data import Encoded
 from gift.models import lm_head
 
 VOCABULARY = 50
-MODELS = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
 
 
 def model_of(kind="qwen2", seed=0, **settings):
-    torch.manual_seed(seed)
-    config, model = MODELS[kind]
-    return model(
-        config(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.3,
-            **settings,
-        )
-    ).eval()
+    return tiny_model(VOCABULARY, kind, seed, initializer_range=0.3, **settings)
 
 
 def sequences(seed=0, lengths=((3, 5), (7, 1), (1, 9), (4, 4), (2, 2))):
@@ -53,7 +40,7 @@ def one_by_one(model, encoded):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_states_are_those_of_each_sequence_alone(kind, tied, batch_size):
     model, encoded = model_of(kind, tie_word_embeddings=tied), sequences()

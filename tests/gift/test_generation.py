@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from tiny_models import KINDS, tiny_model
 
 from gift.cli import UserError
 from gift.generation import Request, Sample, SamplingParams, build_engine, completion_text, sample_seed
@@ -17,30 +17,14 @@ from gift.generation.hf import HFEngine, draw, nucleus
 from gift.models import load_tokenizer
 
 VOCAB, END, WINDOW = 61, 60, 128
-CLASSES = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
 
 
 def make_model(kind: str, seed: int = 0, **settings):
-    config, model = CLASSES[kind]
-    torch.manual_seed(seed)
-    return model(
-        config(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=WINDOW,
-            initializer_range=0.3,
-            bos_token_id=None,
-            pad_token_id=None,
-            **{"eos_token_id": END, **settings},
-        )
-    ).eval()
+    settings = {"max_position_embeddings": WINDOW, "initializer_range": 0.3, "eos_token_id": END, **settings}
+    return tiny_model(VOCAB, kind, seed, **settings)
 
 
-@pytest.fixture(scope="module", params=CLASSES)
+@pytest.fixture(scope="module", params=KINDS)
 def model(request):
     return make_model(request.param)
 
@@ -143,7 +127,7 @@ def test_a_sample_ends_at_its_first_end_token_or_its_limit(model):
     assert reasons == {"stop", "length"}
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_any_of_several_end_tokens_ends(kind):
     request, params = Request((1, 2), seed=5), SamplingParams(30, 2.0)
     (free,) = HFEngine(make_model(kind, eos_token_id=None)).generate([request], params)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from tiny_models import tiny_model
+from transformers import PreTrainedModel
 
 from gift import grpo, nano
 from gift.data import Example, encode_prompt
@@ -34,21 +35,9 @@ def tokenizer():
     return nano.train_tokenizer(["1 + 2 =\n\\boxed{3}"] * 4, 300)
 
 
-def tiny_model(tokenizer, seed: int = 0) -> Qwen2ForCausalLM:
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen2ForCausalLM(config)
+def fresh_policy(tokenizer) -> PreTrainedModel:
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return tiny_model(len(tokenizer), hidden_size=16, tie_word_embeddings=True, **ends)
 
 
 def trainer(model, tokenizer, folder: Path, settings: RL = SETTINGS) -> grpo.GRPOTrainer:
@@ -98,7 +87,7 @@ def naive_update(model, rollouts: list[grpo.Rollout], settings: RL) -> None:
 
 def test_update_equals_the_naive_loss(tmp_path: Path, tokenizer, monkeypatch):
     monkeypatch.setattr(grpo, "grade_math", verdicts_by_parity)
-    model = tiny_model(tokenizer)
+    model = fresh_policy(tokenizer)
     ours = trainer(model, tokenizer, tmp_path)
     samples = ours.sample(PROBLEMS[:4], step=0)
     groups = ours.score(PROBLEMS[:4], samples, ours.grade(PROBLEMS[:4], samples))
@@ -110,7 +99,7 @@ def test_update_equals_the_naive_loss(tmp_path: Path, tokenizer, monkeypatch):
         grpo.Rollout(r.encoded, r.sample, r.verdict, r.advantage, r.old_logp + 0.7 * torch.randn_like(r.old_logp), 0.0)
         for r in rollouts
     ]
-    naive = tiny_model(tokenizer)
+    naive = fresh_policy(tokenizer)
     naive_update(naive, moved, SETTINGS)
     logged = ours.update(moved, step=0, total=10)
     assert 0 < logged["clip_share"] < 1
@@ -119,7 +108,7 @@ def test_update_equals_the_naive_loss(tmp_path: Path, tokenizer, monkeypatch):
 
 
 def test_old_log_probabilities_are_those_of_the_sampler(tmp_path: Path, tokenizer):
-    ours = trainer(tiny_model(tokenizer), tokenizer, tmp_path)
+    ours = trainer(fresh_policy(tokenizer), tokenizer, tmp_path)
     samples = ours.sample(PROBLEMS, step=0)
     groups = ours.score(PROBLEMS, samples, ours.grade(PROBLEMS, samples))
     for rollout in (rollout for group in groups for rollout in group):
@@ -130,7 +119,7 @@ def test_old_log_probabilities_are_those_of_the_sampler(tmp_path: Path, tokenize
 
 
 def test_advantages_are_rewards_minus_the_group_mean(tmp_path: Path, tokenizer):
-    ours = trainer(tiny_model(tokenizer), tokenizer, tmp_path)
+    ours = trainer(fresh_policy(tokenizer), tokenizer, tmp_path)
     samples = [Sample([5, tokenizer.eos_token_id], "stop", [0.0, 0.0])] * 8
     scores = [1, 0, 0, 0, 1, 1, 1, 1]
     groups = ours.score(
@@ -146,10 +135,10 @@ class KilledError(Exception):
 @pytest.mark.parametrize("stop_at", [1, 2, 3])
 def test_a_killed_run_ends_with_the_same_weights_and_records(tmp_path: Path, tokenizer, monkeypatch, stop_at: int):
     monkeypatch.setattr(grpo, "grade_math", verdicts_by_parity)
-    whole = tiny_model(tokenizer)
+    whole = fresh_policy(tokenizer)
     assert trainer(whole, tokenizer, tmp_path / "whole").train(PROBLEMS, PROBLEMS[:3]) == 4
 
-    killed = trainer(tiny_model(tokenizer), tokenizer, tmp_path / "killed")
+    killed = trainer(fresh_policy(tokenizer), tokenizer, tmp_path / "killed")
     record = killed._record
 
     def record_then_die(event, step, row):
@@ -160,7 +149,7 @@ def test_a_killed_run_ends_with_the_same_weights_and_records(tmp_path: Path, tok
     killed._record = record_then_die
     with pytest.raises(KilledError):
         killed.train(PROBLEMS, PROBLEMS[:3])
-    continued = tiny_model(tokenizer)
+    continued = fresh_policy(tokenizer)
     trainer(continued, tokenizer, tmp_path / "killed").train(PROBLEMS, PROBLEMS[:3])
     for mine, theirs in zip(whole.parameters(), continued.parameters(), strict=True):
         assert torch.equal(mine, theirs)

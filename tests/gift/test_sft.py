@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from tiny_models import tiny_model
+from transformers import PreTrainedModel
 
 from gift import nano, sft
 from gift.data import IGNORED, Encoded, collate, epoch_order
@@ -27,20 +28,8 @@ def tokenizer():
     return nano.train_tokenizer(["1 + 2 = 3"], 300)
 
 
-def tiny_model(seed: int = 0) -> Qwen2ForCausalLM:
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    return Qwen2ForCausalLM(config)
+def student() -> PreTrainedModel:
+    return tiny_model(VOCAB, hidden_size=16, tie_word_embeddings=True, eos_token_id=1, pad_token_id=0)
 
 
 def examples(count: int, seed: int = 0) -> list[Encoded]:
@@ -124,7 +113,7 @@ def naive_training(model, data: list[Encoded], epochs: int) -> list[float]:
 
 
 def test_sft_equals_a_hand_written_loop(tmp_path: Path, tokenizer):
-    ours, naive = tiny_model(), tiny_model()
+    ours, naive = student(), student()
     assert run(ours, tokenizer, tmp_path) == 6
     expected = naive_training(naive, examples(12), epochs=2)
     rows = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if row["event"] == "train"]
@@ -136,7 +125,7 @@ def test_sft_equals_a_hand_written_loop(tmp_path: Path, tokenizer):
 @pytest.mark.parametrize("objective", ["sft", "gift"])
 def test_cutting_a_batch_differently_changes_nothing(tmp_path: Path, tokenizer, objective: str):
     options = {"beta": 2.0} if objective == "gift" else {}
-    whole, cut = tiny_model(), tiny_model()
+    whole, cut = student(), student()
     run(whole, tokenizer, tmp_path / "a", objective=objective, **options)
     run(cut, tokenizer, tmp_path / "b", objective=objective, micro_tokens=20, **options)
     for mine, theirs in zip(whole.parameters(), cut.parameters(), strict=True):
@@ -145,12 +134,12 @@ def test_cutting_a_batch_differently_changes_nothing(tmp_path: Path, tokenizer, 
 
 @pytest.mark.parametrize("stop_at", [1, 2, 3, 4, 5])
 def test_a_killed_run_ends_with_the_same_weights_and_log(tmp_path: Path, tokenizer, stop_at: int):
-    whole = tiny_model()
+    whole = student()
     run(whole, tokenizer, tmp_path / "whole", objective="gift", beta=2.0)
-    killed = tiny_model()
+    killed = student()
     with pytest.raises(KilledError):
         run(killed, tokenizer, tmp_path / "killed", objective="gift", beta=2.0, stop_at=stop_at)
-    continued = tiny_model()
+    continued = student()
     run(continued, tokenizer, tmp_path / "killed", objective="gift", beta=2.0)
     for mine, theirs in zip(whole.parameters(), continued.parameters(), strict=True):
         assert torch.equal(mine, theirs)
@@ -165,12 +154,12 @@ def test_a_killed_run_ends_with_the_same_weights_and_log(tmp_path: Path, tokeniz
 
 
 def test_validation_is_plain_nll_whatever_the_objective(tmp_path: Path, tokenizer):
-    model = tiny_model()
+    model = student()
     run(model, tokenizer, tmp_path, objective="gift", beta=2.0)
     rows = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if row["event"] == "validation"]
     assert [row["epoch"] for row in rows] == [0, 1, 2]
     batch = collate(examples(3, seed=1), 0)
-    for weights, row in ((tiny_model(), rows[0]), (model, rows[-1])):
+    for weights, row in ((student(), rows[0]), (model, rows[-1])):
         logits = weights(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
         nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED)
         assert row["val_nll"] == pytest.approx(nll.item(), rel=1e-5)
@@ -182,15 +171,15 @@ def test_resuming_with_other_ranks_is_refused(tmp_path: Path, tokenizer):
     from gift.records import read_json, write_json
 
     with pytest.raises(KilledError):
-        run(tiny_model(), tokenizer, tmp_path, stop_at=3)
+        run(student(), tokenizer, tmp_path, stop_at=3)
     (state,) = (tmp_path / "resume").glob("step-*")
     write_json(state / "progress.json", {**read_json(state / "progress.json"), "world_size": 2})
     with pytest.raises(UserError, match="saved by 2 ranks"):
-        run(tiny_model(), tokenizer, tmp_path)
+        run(student(), tokenizer, tmp_path)
 
 
 def test_clipping_off_leaves_gradients_alone():
-    model = tiny_model()
+    model = student()
     engine = TrainingEngine(
         sft.LossModule(model, resolve("sft", {}), None, None),
         model,
@@ -199,7 +188,7 @@ def test_clipping_off_leaves_gradients_alone():
     )
     batch = collate(examples(4), 0)
     tokens = int((batch["labels"] != IGNORED).sum())
-    twin = tiny_model()
+    twin = student()
     logits = twin(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED).backward()
     expected = torch.cat([p.grad.flatten() for p in twin.parameters()]).norm().item()
