@@ -101,7 +101,7 @@ def lines(outcomes: Sequence[Outcome], run: RunDir, command: str) -> Iterator[st
             gain = one.difference(rl, init)
             cells = [one.pass_at(init, 1), one.pass_at(rl, 1)]
             yield (
-                f"| {one.seed} | {cells[0]:.1f} | {cells[1]:.1f} | {interval(gain)} | {gain.p_value:.3f} |"
+                f"| {one.seed} | {cells[0]:.1f} | {cells[1]:.1f} | {interval(gain)} | {p_text(gain)} |"
                 f" {one.pass_at(init, 8):.1f} | {one.pass_at(rl, 8):.1f} |"
             )
         raised = sum(one.difference(rl, init).difference > 0 for one in outcomes)
@@ -114,7 +114,7 @@ def lines(outcomes: Sequence[Outcome], run: RunDir, command: str) -> Iterator[st
     yield "|---|---|---|---|---|"
     for one in outcomes:
         init, rl = one.difference("gift", "sft"), one.difference("gift-rl", "sft-rl")
-        yield f"| {one.seed} | {interval(init)} | {init.p_value:.3f} | {interval(rl)} | {rl.p_value:.3f} |"
+        yield f"| {one.seed} | {interval(init)} | {p_text(init)} | {interval(rl)} | {p_text(rl)} |"
     yield ""
     for when, a, b in (("after initialization", "gift", "sft"), ("after RL", "gift-rl", "sft-rl")):
         yield f"Mean over seeds {when}, with a t-interval over seeds: {over_seeds(outcomes, a, b)}."
@@ -126,6 +126,11 @@ def lines(outcomes: Sequence[Outcome], run: RunDir, command: str) -> Iterator[st
 def interval(result: PairedResult) -> str:
     """'+1.2 [-0.3, 2.7]' in points."""
     return f"{100 * result.difference:+.1f} [{100 * result.low:.1f}, {100 * result.high:.1f}]"
+
+
+def p_text(result: PairedResult) -> str:
+    """The p-value to three decimals, or that it is below what they can show."""
+    return "< 0.001" if result.p_value < 0.001 else f"{result.p_value:.3f}"
 
 
 def over_seeds(outcomes: Sequence[Outcome], a: str, b: str) -> str:
