@@ -25,7 +25,7 @@ from gift.engine import TrainingEngine, check_finite, learning_rate, lockstep, r
 from gift.generation import Engine as GenerationEngine
 from gift.generation import Request, Sample, SamplingParams, completion_text, sample_seed
 from gift.generation.hf import HFEngine
-from gift.models import lm_head, states_at
+from gift.models import lm_head, on_device, states_at
 from gift.policy import clipped_policy_loss, group_advantages
 from gift.recipe import RL, Engine
 from gift.records import JsonlLog
@@ -203,7 +203,7 @@ class GRPOTrainer:
         found: dict[int, tuple[Tensor, float]] = {}
         pieces = by_length(range(len(encoded)), lambda i: len(encoded[i].ids), self.engine.settings.micro_tokens)
         for number, piece in enumerate(lockstep(pieces, lambda piece: piece)):
-            batch = self._on_device(collate([encoded[i] for i in piece], self._pad))
+            batch = on_device(collate([encoded[i] for i in piece], self._pad), self.engine.model)
             logp, entropy = self.engine(**batch)
             if number < len(pieces):
                 lengths = [len(encoded[i].ids) - encoded[i].prompt_length for i in piece]
@@ -221,7 +221,7 @@ class GRPOTrainer:
         batches = lockstep([self._batch(piece) for piece in pieces], no_labels)
         logged = torch.zeros(2, dtype=torch.float64)
         for batch in batches:
-            loss, sums = self.engine(**self._on_device(batch))
+            loss, sums = self.engine(**on_device(batch, self.engine.model))
             self.engine.backward(loss, tokens)
             logged += sums.cpu()
         lr = learning_rate(self.settings.optimizer, step, total)
@@ -249,9 +249,6 @@ class GRPOTrainer:
 
     def _seed(self, *parts: str | int) -> int:
         return sample_seed(self.seed, self.policy, *parts)
-
-    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.engine.model.device) for name, tensor in batch.items()}
 
     def _batch(self, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
         return {

@@ -144,3 +144,8 @@ def states_at(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor,
     """Post-final-norm states [N, H] at the N positions where `selected` [B, T] is true, in row-major order."""
     states: Tensor = backbone(model)(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
     return states[selected]
+
+
+def on_device(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """The batch where the model is."""
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gift.cli import progress
 from gift.data import IGNORED, Encoded, by_length, collate, epoch_order
 from gift.engine import TrainingEngine, check_finite, learning_rate, lockstep, rank, share_of_rank, total_over_ranks
-from gift.models import lm_head, states_at
+from gift.models import lm_head, on_device, states_at
 from gift.objectives import gift_weight
 from gift.recipe import Engine, Init
 from gift.records import JsonlLog
@@ -175,8 +175,3 @@ def validate(stage: Stage, engine: TrainingEngine, pad: int, log: JsonlLog, *, e
     (nll,) = total_over_ranks([nll])
     tokens = sum(len(example.ids) - example.prompt_length for example in stage.validation)
     stage.record(log, "validation", step, {"epoch": epoch, "val_nll": nll / tokens, "val_tokens": tokens})
-
-
-def on_device(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    """The batch where the model is."""
-    return {name: tensor.to(model.device) for name, tensor in batch.items()}
