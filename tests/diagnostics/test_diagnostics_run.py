@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import scipy.special
 import torch
+from tiny_models import tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from diagnostics import run as drift
@@ -31,19 +32,8 @@ ROWS = [("one", "1 + 2", "= 3"), ("two", "4 + 5 + 6", "4 + 5 = 9 9 + 6 = 15"), (
 
 def save_checkpoint(folder, *, seed=0, drift_by=0.0, words=WORDS, template=TEMPLATE, head_rows=None, width=16):
     """A random two-layer Llama with a word-level tokenizer; `drift_by` adds that much noise to each of its weights."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=head_rows or len(words),
-        hidden_size=width,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.4,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config)
+    shape = {"hidden_size": width, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = tiny_model(head_rows or len(words), "llama", initializer_range=0.4, tie_word_embeddings=False, **shape)
     torch.manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():

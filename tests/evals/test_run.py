@@ -6,9 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from tiny_models import tiny_model
 from toy_suite import PROTOCOL, MadeUpEngine, Sums, tiny_tokenizer, toy_run, toy_suite, write_checkpoint
-from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
 import evals.run
@@ -435,18 +434,7 @@ def test_an_unknown_engine_is_a_usage_error(command, capsys):
 def test_a_real_model_is_evaluated(tmp_path, monkeypatch, capfd):
     logging.enable_progress_bar()
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(TOKENIZER),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        eos_token_id=TOKENIZER.eos_token_id,
-    )
-    Qwen2ForCausalLM(config).save_pretrained("model")
+    tiny_model(len(TOKENIZER), eos_token_id=TOKENIZER.eos_token_id).save_pretrained("model")
     TOKENIZER.save_pretrained("model")
     write_gsm8k(Path("data"))
     argv = ["--suite", "math", "--task", "gsm8k", "--data-dir", "data", "--model", "model", "--max-tokens", "6"]
