@@ -38,8 +38,8 @@ MASKED = -1e30  # stands for -inf inside a tile: finite, so that its product wit
 class VocabStats:
     """What the LM head says about each of N tokens; every field is [N], in nats, float32 (float64 for float64 inputs).
 
-    The first four are differentiable with respect to the student's hidden states, weight and bias. `ref_logp` and
-    `ref_entropy` are constants. The fields of the reference are None if there is none.
+    The first four are differentiable with respect to the student's hidden states, weight and bias, the others are
+    constants. The fields of the reference are None if there is none, and `old_logp` where no old policy was given.
     """
 
     logp: Tensor  # log pi(y)
@@ -48,6 +48,21 @@ class VocabStats:
     ref_ce: Tensor | None = None  # -sum_v p(v) log pi(v)
     ref_logp: Tensor | None = None  # log p(y)
     ref_entropy: Tensor | None = None  # -sum_v p(v) log p(v)
+    old_logp: Tensor | None = None  # log pi_old(y), of an earlier state of the policy
+
+
+@dataclass(frozen=True)
+class SparseReference:
+    """What a frozen model says about N tokens, with only the largest of its probabilities: the rest counts as y's.
+
+    It stands for the distribution p'(v) = p(v) at the E entries given, p'(y) = 1 - sum of these, 0 elsewhere.
+    """
+
+    logp: Tensor  # [N] log p(y) of the whole distribution
+    entropy: Tensor  # [N] of the whole distribution
+    rows: Tensor  # [E] int64, ascending: which token an entry belongs to
+    columns: Tensor  # [E] int64: which entry of the vocabulary; never the token's label, none twice for a token
+    probs: Tensor  # [E] p(v)
 
 
 def vocab_stats(
