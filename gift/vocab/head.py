@@ -132,6 +132,12 @@ class Head:
         """A tile of logits [n, block] summed over the entries of its block that are not masked."""
         return logits.sum(-1) if self.unmasked is None else logits @ self.unmasked
 
+    def finish(self, dz: Tensor, damping: Tensor | None) -> Tensor:
+        """dz with respect to the LM head's product but for the map's slope, in place; 0 where the block is masked."""
+        if damping is not None:
+            dz.mul_(damping)
+        return dz if self.block_masked is None else dz.masked_fill_(self.block_masked, 0)
+
     def hide(self, logp: Tensor, labels: Tensor) -> Tensor:
         """`logp` [N] with -inf where the label is masked."""
         return logp if self.masked is None else logp.masked_fill(self.masked[labels], -math.inf)

@@ -285,8 +285,7 @@ def _loss(
             dz.scatter_add_(1, labels[:, None], coefficients.label[:, None])
         if coefficients.ref is not None and reference:
             reference.subtract(tokens, coefficients.ref, dz)
-        if damping is not None:
-            dz.mul_(damping)
+        student.finish(dz, damping)
     return losses.detach().double().sum(), values
 
 

@@ -191,7 +191,7 @@ class _VocabStats(torch.autograd.Function):
                 tokens = local + rows.start
                 p = reference.logits(tokens, buffer).sub_(ref_lse[tokens, None]).exp_()
                 dz.index_add_(0, local, p.mul_(coefficients.ref[tokens, None]), alpha=-1)
-            return dz if damping is None else dz.mul_(damping)
+            return student.finish(dz, damping)
 
         surprised = _exceeds_rounding(coefficients)  # tokens whose gradient involves the reference
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naive_vocab import PARAMETERS, double, naive, random_inputs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,56 +17,7 @@ from gift.vocab import VocabStats, vocab_stats
 
 DIFFERENTIABLE = ("logp", "entropy", "mean_logp", "ref_ce")
 CONSTANT = ("ref_logp", "ref_entropy")
-PARAMETERS = ("hidden", "weight", "bias")
-
-
-def random_inputs(
-    seed: int, tokens: int, vocab: int, width: int, *, dtype: torch.dtype = torch.float64, scale: float = 1.0
-) -> dict[str, Tensor]:
-    """Everything vocab_stats takes, in `dtype`; the reference is of another width."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
-
-    inputs = {"hidden": normal(tokens, width), "weight": normal(vocab, width), "bias": normal(vocab)}
-    inputs |= {
-        "ref_hidden": normal(tokens, width + 1),
-        "ref_weight": normal(vocab, width + 1),
-        "ref_bias": normal(vocab),
-    }
-    return inputs | {"labels": torch.randint(vocab, (tokens,), generator=generator)}
-
-
-def expectation(probabilities: Tensor, values: Tensor) -> Tensor:
-    """Row sums of probabilities * values in which 0 * (-inf) is 0."""
-    return (probabilities * values.masked_fill(probabilities == 0, 0)).sum(-1)
-
-
-def naive(inputs: dict[str, Tensor], temperature: float = 1.0) -> dict[str, Tensor]:
-    """The definitions of VocabStats's fields, over whole matrices."""
-
-    def log_softmax(prefix: str) -> Tensor:
-        logits = inputs[f"{prefix}hidden"] @ inputs[f"{prefix}weight"].T
-        return torch.log_softmax((logits + inputs.get(f"{prefix}bias", 0)) / temperature, -1)
-
-    log_pi, labels = log_softmax(""), inputs["labels"][:, None]
-    stats = {
-        "logp": log_pi.gather(1, labels)[:, 0],
-        "entropy": -expectation(log_pi.exp(), log_pi),
-        "mean_logp": log_pi[:, ~log_pi.isneginf().all(0)].mean(-1),
-    }
-    if "ref_hidden" not in inputs:
-        return stats
-    log_p = log_softmax("ref_")
-    reference = {"ref_logp": log_p.gather(1, labels)[:, 0], "ref_entropy": -expectation(log_p.exp(), log_p)}
-    return stats | reference | {"ref_ce": -expectation(log_p.exp(), log_pi)}
-
-
-def double(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same numbers in float64, the parameters requiring gradients."""
-    copies = {name: value.detach().double() if value.is_floating_point() else value for name, value in inputs.items()}
-    return {name: value.requires_grad_(name in PARAMETERS) for name, value in copies.items()}
+LOGIT_MAP = ("temperature", "scale", "softcap")
 
 
 def gradients(
@@ -88,7 +40,7 @@ def assert_matches(
     inputs = {name: value.detach().requires_grad_(name in PARAMETERS) for name, value in inputs.items()}
     stats = vocab_stats(**inputs, **options)
     exact_inputs = double(inputs)
-    exact = naive(exact_inputs, options.get("temperature", 1.0))
+    exact = naive(exact_inputs, **{name: options[name] for name in LOGIT_MAP if name in options})
     for name, value in exact.items():
         actual = getattr(stats, name)
         assert actual.dtype == (torch.float64 if inputs["hidden"].dtype == torch.float64 else torch.float32)
@@ -121,6 +73,8 @@ def test_values_and_gradients_are_those_of_the_definitions(data: st.DataObject, 
         tuple(outputs),
         1e-10 if dtype == torch.float64 else 5e-5,
         temperature=draw(st.sampled_from([1.0, 0.7])),
+        scale=draw(st.sampled_from([1.0, 0.3])),
+        softcap=draw(st.sampled_from([None, 2.0, 30.0])),
         chunk_tokens=draw(st.one_of(st.none(), st.integers(1, 12))),
         chunk_vocab=draw(st.one_of(st.none(), st.integers(1, 50))),
     )
@@ -191,6 +145,7 @@ def test_masked_entries_cause_no_nan(masked: tuple[str, ...], chunk_vocab: int |
         inputs[name][[0, 1, 2, 7]] = -math.inf
     inputs["labels"] = torch.tensor([3, 4, 5, 6, 11])
     assert_matches(inputs, DIFFERENTIABLE, 1e-10, chunk_tokens=2, chunk_vocab=chunk_vocab)
+    assert_matches(inputs, DIFFERENTIABLE, 1e-10, chunk_vocab=chunk_vocab, softcap=1.5)
     assert vocab_stats(**inputs).ref_ce.isinf().all() == (masked == ("bias",))
 
 
