@@ -21,6 +21,7 @@ from reports.rundata import Policy, RunData, Suite, Task
 from reports.tables import Cell, Column, Missing, Row, Table, duration, mark_best, number, p_text
 
 MOST_K = 8
+MOST_DIFFERENCES = 3
 FROM_BASE = (("cos", "cos", "cos"), ("kl", "KL, nats", "kl_new_old"))
 
 
@@ -45,7 +46,7 @@ def facts(run: RunData) -> list[tuple[str, str]]:
         or recipe.get("model")
         or ", ".join(policy.checkpoint for policy in run.stage("base"))
     )
-    methods = [method_text(policy, recipe.get("methods") or {}) for policy in run.stage("init")]
+    methods = [method_text(policy, recipe.get("methods") or {}) for policy in first_of_methods(run)]
     rows = {subset: about.get("rows") for subset, about in manifest["data"].items()}
     found = {
         "Base": str(base),
@@ -60,12 +61,29 @@ def facts(run: RunData) -> list[tuple[str, str]]:
     return [(label, text or "not recorded") for label, text in found.items()]
 
 
+def first_of_methods(run: RunData) -> list[Policy]:
+    """The first policy of every method: its initialization, or what RL made of the base."""
+    found: dict[str, Policy] = {}
+    for policy in run.policies:
+        if policy.method is not None:
+            found.setdefault(policy.method, policy)
+    return list(found.values())
+
+
 def method_text(policy: Policy, methods: Mapping[str, Any]) -> str:
     """A method's label with its options."""
     options = (methods.get(str(policy.method)) or {}).get("options") or {}
     # An infinite option, which JSON cannot hold as a number, is the text 'inf' in the manifest.
-    inside = ", ".join(f"{name} = {float(value):g}" for name, value in options.items())
+    inside = ", ".join(f"{name} = {option_text(value)}" for name, value in options.items())
     return f"{policy.label} ({inside})" if inside else policy.label
+
+
+def option_text(value: Any) -> str:
+    """An option's value: a number in its shortest form, or a name as it is."""
+    try:
+        return f"{float(value):g}"
+    except ValueError:
+        return str(value)
 
 
 def protocol_text(suite: Suite) -> str:
@@ -110,6 +128,8 @@ def headlines(run: RunData, pass1: Sequence[Table], compared: Sequence[Compariso
     if not pass1 and whole:
         found.append(Headline("Best pass@1", "–", "no policy has been evaluated"))
     widest = [one for one in compared if (one.a.stage, one.scope) == (compared[0].a.stage, compared[0].scope)]
+    if len(widest) > MOST_DIFFERENCES:  # of many methods only the one this suite is about; the table has all of them
+        widest = [one for one in widest if one.a.method == "gift"] or widest[:MOST_DIFFERENCES]
     found += [difference_headline(one) for one in widest]
     if not widest and whole:
         found.append(Headline("Against SFT", "–", "no other method has been evaluated on the same items as SFT"))
@@ -153,11 +173,15 @@ def drift_headline(run: RunData) -> Headline:
     """KL of each initialization from the base."""
     title = "KL from the base, nats per token"
     parts, details = [], []
-    for policy, cell in drifts(run, "kl_new_old"):
-        if cell.value is not None:
-            column = Column("kl", "KL", decimals=3)
-            parts.append(f"{policy.label} {column.show(cell)}")
-            details.append(f"{policy.label} {column.interval(cell)}")
+    column = Column("kl", "KL", decimals=3)
+    measured = [(policy, cell) for policy, cell in drifts(run, "kl_new_old") if cell.value is not None]
+    if len(measured) > MOST_DIFFERENCES:
+        ordered = sorted(measured, key=lambda pair: pair[1].value or 0.0)
+        gift = [pair for pair in ordered[1:-1] if pair[0].method == "gift"]
+        measured = [ordered[0], *gift, ordered[-1]]
+    for policy, cell in measured:
+        parts.append(f"{policy.label} {column.show(cell)}")
+        details.append(f"{policy.label} {column.interval(cell)}")
     if not parts:
         return Headline(title, "–", "drift has not been measured")
     return Headline(title, " · ".join(parts), f"KL(new‖old) on held-out solutions; {', '.join(details)}")
@@ -247,15 +271,15 @@ def lineage_gaps(run: RunData, command: str) -> list[Missing]:
     found = []
     if not run.stage("base"):
         found.append(Missing("Base", "the lineage has no base model", command))
-    methods = list(recipe.get("methods") or {}) or sorted({policy.method for policy in run.policies if policy.method})
-    for method in methods:
-        label = ((recipe.get("methods") or {}).get(method) or {}).get("label") or method
-        if run.policy("init", method) is None:
-            found.append(Missing(f"{label}", "not trained yet", command))
-        if run.policy("rl", method) is None:
+    methods: dict[str, Any] = recipe.get("methods") or {policy.method: {} for policy in run.policies if policy.method}
+    for name, method in methods.items():
+        label, direct = method.get("label") or name, method.get("objective", name) is None
+        if not direct and run.policy("init", name) is None:
+            found.append(Missing(str(label), "not trained yet", command))
+        if run.policy("rl", name) is None and method.get("rl", {}) is not None:
             asked = recipe.get("rl", {}) is not None
             why = "RL has not been run" if asked else "the recipe has no RL (rl: null)"
-            found.append(Missing(f"{label} + RL", why, command if asked else ""))
+            found.append(Missing(str(label) if direct else f"{label} + RL", why, command if asked else ""))
     if not methods:
         found.append(Missing("Initializations", "the lineage has none", command))
     return found

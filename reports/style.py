@@ -7,18 +7,26 @@ from dataclasses import dataclass
 
 from reports.rundata import Policy
 
-# petroff6 (Petroff 2021): told apart under protanopia, deuteranopia and tritanopia. Dash and marker repeat what colour
-# says, because some of these hues are faint on white.
+# petroff10 (Petroff 2021) for the methods, petroff6 for GIFT and SFT: told apart under protanopia, deuteranopia and
+# tritanopia. Dash and marker repeat what colour says, because some of these hues are faint on white.
 Dash = str | tuple[int, tuple[int, ...]]
 FIXED: dict[str, tuple[str, Dash, str]] = {"gift": ("#e42536", "solid", "o"), "sft": ("#5790fc", "dashed", "s")}
 OTHERS: tuple[tuple[str, Dash, str], ...] = (
     ("#f89c20", "dashdot", "^"),
     ("#964a8b", (0, (5, 1)), "v"),
     ("#7a21dd", (0, (3, 1, 1, 1, 1, 1)), "P"),
+    ("#94a4a2", (0, (1, 1)), "h"),
+    ("#a96b59", (0, (3, 1, 1, 1)), "<"),
+    ("#717581", (0, (7, 2)), ">"),
+    ("#b9ac70", (0, (4, 2, 1, 2)), "p"),
+    ("#92dadd", (0, (2, 2)), "*"),
+    ("#832db6", (0, (6, 1, 1, 1)), "d"),
+    ("#bd1f01", (0, (1, 2)), "H"),
 )
 BASE: tuple[str, Dash, str] = ("#9c9ca1", "dotted", "D")
 REST: tuple[str, Dash, str] = ("#9c9ca1", "dashdot", "X")
-GLYPHS = {"o": "●○", "s": "■□", "^": "▲△", "v": "▼▽", "D": "◆◇", "P": "✚✛", "X": "✖✕"}
+FILLED_AND_HOLLOW = ("●○", "■□", "▲△", "▼▽", "◆◇", "✚✛", "✖✕", "⬢⬡", "◀◁", "▶▷", "⬟⬠", "★☆", "⬧⬨", "⬣⎔")
+GLYPHS = dict(zip("os^vDPXh<>p*dH", FILLED_AND_HOLLOW, strict=True))
 
 
 @dataclass(frozen=True)
