@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from gift.cli import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
-# What some architectures do to logits after the LM head; this suite computes losses from states and head alone.
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 def quiet_transformers() -> None:
@@ -83,9 +89,6 @@ def load_model(name: str | Path, *, dtype: str = "float32", revision: str | None
         raise UserError(f"{name}: not a causal language model")
     if missing := sorted(loaded["missing_keys"]):
         raise UserError(f"{name}: {len(missing)} weights are missing from this checkpoint, among them {missing[0]}")
-    for transform in LOGIT_TRANSFORMS:
-        if getattr(model.config, transform, None) not in (None, 1):
-            raise UserError(f"{name}: models that change logits after the LM head ({transform}) are not supported")
     return model.eval()
 
 
@@ -133,19 +136,60 @@ def lm_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     return head.weight, getattr(head, "bias", None)
 
 
+def logit_map(model: PreTrainedModel) -> dict[str, Any]:
+    """What the model does to its head's product, as arguments of gift.vocab: `scale`, `softcap` or nothing.
+
+    Cohere multiplies by logit_scale, Granite divides by logits_scaling, Gemma 2 caps at final_logit_softcapping.
+    """
+    config = model.config
+    found: dict[str, Any] = {}
+    if scale := getattr(config, "logit_scale", None):
+        found["scale"] = float(scale)
+    if divisor := getattr(config, "logits_scaling", None):
+        found["scale"] = 1 / float(divisor)
+    if softcap := getattr(config, "final_logit_softcapping", None):
+        found["softcap"] = float(softcap)
+    return found
+
+
 def end_ids(model: PreTrainedModel) -> list[int]:
     """The token ids at which generation ends: those of the generation config, else of the model's config."""
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ends = model.config.eos_token_id if ends is None else ends
+    return as_ids(model.generation_config, model.config)
+
+
+def stored_end_ids(checkpoint: Path) -> list[int]:
+    """As `end_ids`, from a checkpoint folder's two files alone."""
+    file = checkpoint / "generation_config.json"
+    return as_ids(GenerationConfig.from_pretrained(checkpoint) if file.is_file() else None, load_config(checkpoint))
+
+
+def as_ids(generation: GenerationConfig | None, config: Any) -> list[int]:
+    """The end tokens of a generation config, else of a model's config."""
+    ends = None if generation is None else generation.eos_token_id
+    ends = config.eos_token_id if ends is None else ends
     return [ends] if isinstance(ends, int) else list(ends or [])
 
 
-def states_at(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, selected: Tensor) -> Tensor:
-    """Post-final-norm states [N, H] at the N positions where `selected` [B, T] is true, in row-major order."""
-    states: Tensor = backbone(model)(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+def states_at(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    selected: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    """Post-final-norm states [N, H] at the N positions where `selected` [B, T] is true, in row-major order.
+
+    A packed row, [1, T], comes with `position_ids` [1, T] that start at 0 with each sequence, and without a mask: only
+    then, and only without a key-value cache, does transformers keep the sequences' attention apart (block-diagonal
+    masks in masking_utils.py, or flash attention's variable lengths, which take one row at a time).
+    """
+    states: Tensor = backbone(model)(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+    ).last_hidden_state
     return states[selected]
 
 
-def on_device(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    """The batch where the model is."""
+def on_device(batch: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """The batch, of tensors or what can be moved like one, where the model is."""
     return {name: tensor.to(model.device) for name, tensor in batch.items()}

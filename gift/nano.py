@@ -22,13 +22,12 @@ import torch
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from gift.data import Example, encode, normalize
-from gift.engine import barrier, export_checkpoint, init_distributed, rank
+from gift.engine import barrier, init_distributed, rank
 from gift.generation import sample_seed
-from gift.objectives import resolve
 from gift.provenance import package_versions
 from gift.recipe import Engine, Init, Pretrain
 from gift.records import JsonlLog, remove, sha256_json, write_json
-from gift.sft import Stage, train
+from gift.sft import Loss, Stage, Trainer, nll
 
 EVAL_VERSION = "1"
 PAD, END, ROLES = "<|pad|>", "<|end|>", ("<|user|>", "<|assistant|>")
@@ -38,7 +37,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 WINDOW = 4096
-MADE_BY = ("nano", "sft", "engine", "vocab", "objectives", "data", "models")  # modules whose code decides the base
+# Modules whose code decides the base.
+MADE_BY = ("nano", "sft", "engine", "masters", "vocab/head", "vocab/loss", "batches", "data", "models")
 PACKAGES = ("torch", "transformers", "tokenizers", "deepspeed", "reasoning-gym")
 
 
@@ -295,18 +295,18 @@ def pretrain(settings: Pretrain, engine: Engine, home: Path, checkpoint: Path) -
         for number, (prompt, response) in enumerate(documents)
     ]
     with JsonlLog(home / "metrics.jsonl", key=("policy", "stage", "event", "step")) as log:
-        train(
+        trainer = Trainer(
             Stage("base", "base", encoded, [], settings.seed),
             model,
             tokenizer,
-            resolve("sft", {}),
+            Loss(nll),
             settings=Init(epochs=1, batch_size=settings.batch_size, optimizer=settings.optimizer, save_every=200),
             engine_settings=engine,
             resume_dir=home / "resume",
             log=log,
         )
+        trainer.train(lambda engine, _: engine.export(tokenizer, checkpoint))
     if rank() == 0:
-        export_checkpoint(model, tokenizer, checkpoint)
         remove(home / "resume")
     barrier()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -52,6 +52,16 @@ class SparseReference:
     rows: Tensor  # [E] int64, ascending: which token an entry belongs to
     columns: Tensor  # [E] int64: which entry of the vocabulary; never the token's label, none twice for a token
     probs: Tensor  # [E] p(v)
+
+    @staticmethod
+    def empty() -> SparseReference:
+        """That of no token."""
+        none, index = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+        return SparseReference(none, none, index, index, none)
+
+    def to(self, device: torch.device) -> SparseReference:
+        """The same on another device."""
+        return SparseReference(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 @dataclass(frozen=True)

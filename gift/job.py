@@ -1,0 +1,350 @@
+"""The steps of the main job: base, data, reference, initializations, RL, evaluation, drift, report.
+
+This is the only module of `gift` that knows the other packages.
+"""
+
+from __future__ import annotations
+
+import functools
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from diagnostics.run import measure_run
+from evals.run import engine_factory, evaluate
+from evals.suites import SUITES
+from gift import nano
+from gift.batches import Encoded, check_packing
+from gift.cli import UserError
+from gift.data import Example, fingerprint, read_examples, write_examples
+from gift.distributed import barrier, rank
+from gift.engine import TrainingEngine
+from gift.grpo import GRPOTrainer
+from gift.lora import add_adapters
+from gift.materials import base_folder, subsets_of, tokens_of, with_template
+from gift.models import device, load_model, load_tokenizer
+from gift.objectives import OBJECTIVES, resolve, warnings_for
+from gift.recipe import Recipe
+from gift.records import JsonlLog, RunDir, remove, sha256_weights, utc_now
+from gift.reference import CachedReference, OnlineReference
+from gift.reference.cache import cache_key, demand_of, scored_subsets
+from gift.reference.scoring import cache_home, obtain
+from gift.sft import Loss, Stage, Trainer
+from gift.steps import Step, Steps, announce
+from reports.build import build_report
+
+METRICS_KEY = ("policy", "stage", "event", "step")
+
+
+class Job:
+    """The steps of one run."""
+
+    def __init__(self, recipe: Recipe, run: RunDir) -> None:
+        self.recipe = recipe
+        self.run = run
+        self.steps = Steps(run, self._steps())
+
+    def _steps(self) -> list[Step]:
+        """All steps in order. Costs only weigh the estimate of what remains; a backward pass counts as two forward."""
+        recipe = self.recipe
+        embedded = recipe.base.model == "nano"
+        length = recipe.data.max_length / 4
+        found = [
+            Step(
+                "base",
+                self.base,
+                nano.pretraining_cost(recipe.base.pretrain, recipe.engine) if embedded else 0,
+                still_there=self._base_is_there,
+            ),
+            Step("data", self.data),
+        ]
+        if self._caches_reference():
+            found.append(Step("reference", self.reference, recipe.data.sft * length))
+        inits, rls = [], []
+        for name in recipe.methods:
+            if (init := recipe.init_of(name)) is not None:
+                cost = recipe.problems_of(name, "init") * init.epochs * length * (4 if self._is_online(name) else 3)
+                inits.append(Step(f"init {name}", partial(self.init, name), cost))
+            if (rl := recipe.rl_of(name)) is not None:
+                cost = recipe.problems_of(name, "rl") * rl.epochs * rl.group_size * length * 4
+                rls.append(Step(f"rl {name}", partial(self.rl, name), cost))
+        policies = 1 + len(inits) + len(rls)
+        return [
+            *found,
+            *inits,
+            *rls,
+            Step("eval", self.evaluate, policies * 4000 * length),
+            Step("drift", self.drift, policies * recipe.data.validation * length * 4),
+            Step("report", self.report),
+        ]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Steps
+
+    def base(self) -> None:
+        """Makes or finds the base model: the root of the lineage."""
+        checkpoint = base_folder(self.recipe)
+        if self.recipe.data.template is not None:
+            folder = Path("checkpoints") / "base" / "base-000000"
+            if rank() == 0:
+                with_template(checkpoint, self.recipe.data.template, self.run.path / folder)
+            barrier()
+            checkpoint = folder
+        self._add_node("base", "Base", None, "base", None, checkpoint)
+
+    def data(self) -> None:
+        """Writes the three disjoint subsets into the run."""
+        subsets, revision = subsets_of(self.recipe)
+        if rank() == 0:
+            for name, subset in subsets.items():
+                write_examples(self._subset_file(name), subset)
+        barrier()
+        source = self.recipe.data.source
+        self.run.update(
+            data={
+                name: {"name": source, "revision": revision, "sha256": fingerprint(subset), "rows": len(subset)}
+                for name, subset in subsets.items()
+            }
+        )
+
+    def reference(self) -> None:
+        """Scores the training data with the base, once for all methods that need it."""
+        cache = self._cached_reference
+        found = {"mode": "online"} if cache is None else {"mode": "cached", "cache": str(cache.folder)}
+        if cache is not None:
+            announce("\n".join(f"  {line}" for line in cache.info.summary().splitlines()))
+        self.run.update(reference=found)
+
+    def init(self, name: str) -> None:
+        """Stage 1: one initialization from the base."""
+        recipe, method = self.recipe, self.recipe.methods[name]
+        settings = recipe.init_of(name)
+        assert settings is not None
+        assert method.objective is not None
+        objective = OBJECTIVES[method.objective]
+        for warning in warnings_for(method.objective, method.options, updates_per_batch=settings.updates_per_batch):
+            announce(f"  {name}: {warning}")
+        model, tokenizer = self._start("base")
+        reference: OnlineReference | CachedReference | None = None
+        if objective.needs_reference:
+            reference = self._cached_reference if self._caches_reference() else None
+            reference = reference or self._online_reference(model)
+        beta = method.options.get("beta", objective.options.get("beta"))
+        loss = Loss(
+            resolve(method.objective, method.options),
+            reference,
+            objective.needs_old_policy,
+            float(beta) if method.objective == "gift" and beta is not None else None,
+        )
+        with self._metrics() as log:
+            trainer = Trainer(
+                Stage(name, "init", self._encoded(name), self._tokens("validation"), recipe.seed),
+                model,
+                tokenizer,
+                loss,
+                settings=settings,
+                engine_settings=recipe.engine,
+                resume_dir=self._resume_dir(name, "init"),
+                log=log,
+            )
+            trainer.train(lambda engine, step: self._finish(engine, tokenizer, name, name, "init", step))
+        self._forget_state(name, "init")
+
+    def rl(self, name: str) -> None:
+        """Stage 2: RL from one initialization, or from the base where the method has none."""
+        recipe = self.recipe
+        settings = recipe.rl_of(name)
+        assert settings is not None
+        model, tokenizer = self._start("base" if recipe.methods[name].objective is None else name)
+        policy = f"{name}-rl"
+        rollouts = self.run.path / "rollouts" / policy / f"rank-{rank()}.jsonl"
+        with self._metrics() as log, JsonlLog(rollouts, key=("step", "item", "sample")) as rollout_log:
+            trainer = GRPOTrainer(
+                policy,
+                model,
+                tokenizer,
+                settings=settings,
+                engine_settings=recipe.engine,
+                seed=recipe.seed,
+                resume_dir=self._resume_dir(policy, "rl"),
+                log=log,
+                rollout_log=rollout_log,
+            )
+            trainer.train(
+                self._problems(name, "rl"),
+                self._examples("validation"),
+                lambda engine, step: self._finish(engine, tokenizer, name, policy, "rl", step),
+            )
+        self._forget_state(policy, "rl")
+
+    def evaluate(self) -> str | None:
+        """Evaluates every checkpoint of the run on the recipe's suites, on the first rank; says what was not had."""
+        settings = self.recipe.eval
+        missing: dict[str, str] = {}
+        if rank() == 0:
+            for name in settings.suites:
+                evaluation = evaluate(
+                    self.run,
+                    [node["id"] for node in self.run.manifest["lineage"]],
+                    SUITES[name],
+                    SUITES[name].protocol,
+                    engine_for=engine_factory(self.run, "hf", "auto"),
+                    seed=self.recipe.seed,
+                    data_dir=Path(settings.data_dir) if settings.data_dir else None,
+                    limit=settings.limit,
+                )
+                missing.update(evaluation.missing)
+        barrier()
+        return "; ".join(missing.values()) or None
+
+    def drift(self) -> None:
+        """Measures the drift of every pair of the lineage on the held-out expert solutions, on the first rank."""
+        if rank() == 0:
+            settings = self.recipe.drift
+            measure_run(
+                self.run,
+                sequences=settings.sequences,
+                batch_size=settings.batch_size,
+                max_length=self.recipe.data.max_length,
+            )
+        barrier()
+
+    def report(self) -> None:
+        """Builds the report, on the first rank, once the manifest says how the run ended."""
+        complete = self.steps.all_done(but="report")
+        self.run.update(status="complete" if complete else "failed", finished=utc_now())
+        if rank() == 0:
+            try:
+                build_report([self.run.path], self.run.path / "report.html")
+            except BaseException:
+                self.run.update(status="failed")
+                raise
+        barrier()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Models
+
+    def _start(self, policy: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model a stage begins with, as the lineage knows it, and its tokenizer."""
+        recipe, checkpoint = self.recipe, self.run.checkpoint(policy)
+        if sha256_weights(checkpoint) != self.run.node(policy)["weights_sha256"]:
+            raise UserError(
+                f"{checkpoint}: its weights are not those that were recorded when it was made; restore them, or start"
+                " a new run with name=ANOTHER"
+            )
+        model = load_model(checkpoint, dtype=recipe.engine.dtype)
+        if recipe.engine.packing:
+            check_packing(model)
+        if recipe.lora is not None:
+            add_adapters(model, recipe.lora, seed=recipe.seed)
+        return model, load_tokenizer(checkpoint)
+
+    def _online_reference(self, model: PreTrainedModel) -> OnlineReference:
+        """The base beside the policy: a second model, or the policy itself without its adapters."""
+        if self.recipe.lora is not None:
+            return OnlineReference(model, adapted=True)
+        return OnlineReference(load_model(self.run.checkpoint("base"), dtype=self.recipe.engine.dtype).to(device()))
+
+    def _is_online(self, method: str) -> bool:
+        objective = self.recipe.methods[method].objective
+        return objective is not None and OBJECTIVES[objective].needs_reference and not self._caches_reference()
+
+    def _caches_reference(self) -> bool:
+        objectives = [method.objective for method in self.recipe.methods.values()]
+        needed = any(objective is not None and OBJECTIVES[objective].needs_reference for objective in objectives)
+        return needed and self.recipe.reference.mode == "cached"
+
+    @functools.cached_property
+    def _cached_reference(self) -> CachedReference | None:
+        """The cache of what stage 1 trains on, scored now if there is none; None where its budget does not suffice."""
+        recipe, base = self.recipe, self.run.checkpoint("base")
+        names = scored_subsets(recipe)
+        encoded = [example for name in names for example in self._tokens(name)]
+        examples = [example for name in names for example in self._examples(name)]
+        return obtain(
+            lambda: load_model(base, dtype=recipe.engine.dtype).to(device()),
+            encoded,
+            demand_of(recipe),
+            key=cache_key(
+                base,
+                load_tokenizer(base),
+                encoded,
+                weights_sha256=self.run.node("base")["weights_sha256"],
+                data_sha256=fingerprint(examples),
+                dtype=recipe.engine.dtype,
+                template=recipe.data.template,
+                max_length=recipe.data.max_length,
+            ),
+            budget_bytes=recipe.reference.budget_gb * 1e9,
+            micro_tokens=recipe.engine.micro_tokens,
+            root=cache_home(),
+        )
+
+    def _finish(
+        self,
+        engine: TrainingEngine,
+        tokenizer: PreTrainedTokenizerBase,
+        method: str,
+        policy: str,
+        stage: str,
+        step: int,
+    ) -> None:
+        """Writes a trained policy's checkpoint and enters it in the lineage."""
+        folder = Path("checkpoints") / policy / f"{stage}-{step:06d}"
+        engine.export(tokenizer, self.run.path / folder)
+        label, direct = self.recipe.methods[method].label, self.recipe.methods[method].objective is None
+        parent = method if stage == "rl" and not direct else "base"
+        self._add_node(policy, label if parent == "base" else f"{label} + RL", parent, stage, method, folder)
+
+    def _add_node(
+        self, policy: str, label: str, parent: str | None, stage: str, method: str | None, checkpoint: Path
+    ) -> None:
+        node = {"id": policy, "label": label, "parent": parent, "stage": stage, "method": method}
+        digest = sha256_weights(self.run.path / checkpoint)
+        lineage = self.run.manifest["lineage"]
+        changed = any(known["id"] == policy and known["weights_sha256"] != digest for known in lineage)
+        if changed and any(known["parent"] == policy for known in lineage):
+            raise UserError(
+                f"{checkpoint}: not the {policy} this run began with (other weights), so what was trained from it"
+                " cannot be compared; put the old one back, or start a new run with name=ANOTHER"
+            )
+        self.run.add_node({**node, "checkpoint": str(checkpoint), "weights_sha256": digest})
+
+    def _base_is_there(self) -> bool:
+        """Whether the base lies where it lay: the cache it is in may have been cleared."""
+        lineage = self.run.manifest["lineage"]
+        return any((self.run.path / node["checkpoint"]).is_dir() for node in lineage if node["id"] == "base")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Data and files
+
+    def _problems(self, method: str, stage: str) -> list[Example]:
+        """What a stage of a method passes over."""
+        joint = self.recipe.methods[method].data == "joint"
+        names = ("sft", "rl") if joint else ("sft" if stage == "init" else "rl",)
+        return [example for name in names for example in self._examples(name)]
+
+    def _encoded(self, method: str) -> list[Encoded]:
+        names = ("sft", "rl") if self.recipe.methods[method].data == "joint" else ("sft",)
+        return [example for name in names for example in self._tokens(name)]
+
+    def _tokens(self, subset: str) -> list[Encoded]:
+        tokenizer = load_tokenizer(self.run.checkpoint("base"))
+        return tokens_of(subset, self._examples(subset), tokenizer, self.recipe.data.max_length)
+
+    def _examples(self, subset: str) -> list[Example]:
+        return read_examples(self._subset_file(subset))
+
+    def _subset_file(self, name: str) -> Path:
+        return self.run.path / "data" / f"{name}.jsonl"
+
+    def _metrics(self) -> JsonlLog:
+        return JsonlLog(self.run.path / "metrics.jsonl", key=METRICS_KEY)
+
+    def _resume_dir(self, policy: str, stage: str) -> Path:
+        return self.run.path / "checkpoints" / policy / f"{stage}-resume"
+
+    def _forget_state(self, policy: str, stage: str) -> None:
+        if rank() == 0:
+            remove(self._resume_dir(policy, stage))
