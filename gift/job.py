@@ -24,7 +24,7 @@ from gift.grpo import GRPOTrainer
 from gift.lora import add_adapters
 from gift.materials import base_folder, subsets_of, tokens_of, with_template
 from gift.models import device, load_model, load_tokenizer
-from gift.objectives import OBJECTIVES, resolve, warnings_for
+from gift.objectives import OBJECTIVES, label_weight, resolve, warnings_for
 from gift.recipe import Recipe
 from gift.records import JsonlLog, RunDir, remove, sha256_weights, utc_now
 from gift.reference import CachedReference, OnlineReference
@@ -130,12 +130,11 @@ class Job:
         if objective.needs_reference:
             reference = self._cached_reference if self._caches_reference() else None
             reference = reference or self._online_reference(model)
-        beta = method.options.get("beta", objective.options.get("beta"))
         loss = Loss(
             resolve(method.objective, method.options),
             reference,
             objective.needs_old_policy,
-            float(beta) if method.objective == "gift" and beta is not None else None,
+            partial(label_weight, **method.options) if method.objective == "gift" else None,
         )
         with self._metrics() as log:
             trainer = Trainer(

@@ -22,7 +22,6 @@ from gift.batches import IGNORED, Encoded, collate, epoch_order, pieces
 from gift.cli import progress
 from gift.engine import TrainingEngine, check_finite, learning_rate, lockstep, rank, share_of_rank, total_over_ranks
 from gift.models import lm_head, logit_map, on_device, states_at
-from gift.objectives import gift_weight
 from gift.recipe import Engine, Init
 from gift.records import JsonlLog
 from gift.reference import CachedReference, OnlineReference
@@ -37,13 +36,14 @@ SURPRISAL_EDGES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 18
 class Loss:
     """An objective as stage 1 uses it.
 
-    `function` maps statistics of tokens to their losses; `beta` is GIFT's, and decides what is logged with it.
+    `function` maps statistics of tokens to their losses; `label_weight`, for GIFT alone, to w, so that it is logged how
+    many tokens are softened.
     """
 
     function: Callable[[VocabStats], Tensor]
     reference: Reference | None = None
     needs_old_policy: bool = False
-    beta: float | None = None
+    label_weight: Callable[[VocabStats], Tensor] | None = None
 
 
 @dataclass
@@ -110,11 +110,11 @@ class LossModule(nn.Module):
 
     def _surprise(self, stats: VocabStats) -> list[Tensor]:
         """How many tokens GIFT softens, and how many lie in each bin of the base's surprisal, -log p(y)."""
-        if self.loss.beta is None or stats.ref_logp is None:
+        if self.loss.label_weight is None or stats.ref_logp is None:
             return []  # not GIFT, or plain
         edges = torch.tensor(SURPRISAL_EDGES, device=stats.ref_logp.device)
         bins = torch.bincount(torch.bucketize(-stats.ref_logp.float(), edges), minlength=len(edges) + 1)
-        return [(gift_weight(stats.ref_logp, self.loss.beta) < SOFT).sum(), *bins]
+        return [(self.loss.label_weight(stats) < SOFT).sum(), *bins]
 
 
 class Trainer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from gift import nano, sft
 from gift.batches import IGNORED, Encoded, collate, epoch_order
 from gift.engine import TrainingEngine
-from gift.objectives import OBJECTIVES, resolve
+from gift.objectives import OBJECTIVES, label_weight, resolve
 from gift.recipe import Engine, Init, Optimizer
 from gift.records import JsonlLog, read_jsonl
 from gift.reference import OnlineReference
@@ -64,7 +65,7 @@ def run(
         resolve(objective, options),
         OnlineReference(copy.deepcopy(model)) if registered.needs_reference else None,
         registered.needs_old_policy,
-        options.get("beta"),
+        partial(label_weight, **options) if objective == "gift" else None,
     )
     log = JsonlLog(folder / "metrics.jsonl", KEY)
     if stop_at is not None:
