@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from gift.cli import UserError
-from gift.records import read_table, sha256_json, write_text
+# Of gift.batches; these names stay importable from here.
+from gift.batches import IGNORED as IGNORED
+from gift.batches import Encoded as Encoded
+from gift.batches import collate as collate
+from gift.cli import UserError, nearest, progress
+from gift.models import first_line, is_local
+from gift.recipe import Data
+from gift.records import sha256_json, write_text
 
-T = TypeVar("T")
-IGNORED = -100  # the label of a token that carries no loss, as in torch and transformers
+FILES = (".jsonl", ".json", ".parquet")
+ROLES = ("system", "user", "assistant")
+TURNS = "prompt_turns"  # the column in which write_examples keeps the turns of a conversation
+UNUSABLE = 0.01  # the share of a data set's rows that may be left out because they lack a text
+DROPPED = 0.1  # the share of examples that may be left out because their prompts are too long
+CHUNK = 256  # examples tokenized at once
+DATE = "26 Jul 2024"  # the "today" of Llama 3's chat templates: their own default, where they would ask the clock
 
 
 @dataclass(frozen=True)
@@ -27,20 +39,62 @@ class Example:
     prompt: str
     response: str
     answer: str
+    turns: tuple[tuple[str, str], ...] = ()
+    """Where the prompt is a conversation: its (role, content) pairs. `prompt` is then all of it as text, to read."""
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A tokenized example: `ids` is prompt, response, end token; the first `prompt_length` (at least 1) are prompt."""
+class Columns:
+    """Names of the columns an example is made of; `messages`, where given, holds prompt and response."""
 
-    id: str
-    ids: tuple[int, ...]
-    prompt_length: int
-    truncated: bool = False
+    prompt: str = "prompt"
+    response: str = "response"
+    answer: str = "answer"
+    messages: str | None = None
+
+    def required(self) -> tuple[str, ...]:
+        """Those that every row must have."""
+        return (self.messages or self.prompt, *([] if self.messages else [self.response]), self.answer)
+
+    def among(self, available: Sequence[str], where: str) -> list[str]:
+        """The columns to read of those available. Raises UserError naming one that is not there."""
+        for column in self.required():
+            if column not in available:
+                known = ", ".join(available)
+                raise UserError(f"{where}: no column {column!r}{nearest(column, available)}; it has: {known}")
+        return [name for name in dict.fromkeys((*self.required(), "id", TURNS)) if name in available]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a source held: its usable rows, the commit they are of (None outside the Hub), and rows left out."""
+
+    examples: list[Example]
+    revision: str | None = None
+    unusable: int = 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
+
+
+def load_examples(data: Data) -> Loaded:
+    """The examples of a recipe's source: a .jsonl or .parquet file, or a data set's folder or Hub repository.
+
+    Every row needs a prompt, a response and an answer that are text, also where only RL uses it. In a file, a row that
+    lacks one is an error, which names it; a data set cannot be mended here, so up to 1% of such rows are left out.
+    Raises UserError saying what to do where the source, its split or a column is not to be had. 'nano' is no source of
+    this function: gift.nano makes those problems.
+    """
+    columns = Columns(data.prompt, data.response, data.answer, data.messages)
+    path = Path(data.source).expanduser()
+    if path.suffix in FILES or path.is_file():
+        return Loaded(read_file(path, columns))
+    if not is_local(data.source):
+        return read_dataset(data.source, data.split, hub_revision(data.source, data.revision), columns)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such data folder")
+    return read_dataset(str(path), data.split, None, columns)
 
 
 def read_examples(
@@ -50,18 +104,18 @@ def read_examples(
 
     Raises UserError naming the file, and the row and column where a value is missing or not text.
     """
+    return read_file(path, Columns(prompt, response, answer))
+
+
+def read_file(path: Path, columns: Columns) -> list[Example]:
+    """As `read_examples`, also where prompt and response are in a column of messages."""
     if not path.exists():
         raise UserError(f"{path}: no such data file")
-    if path.suffix == ".parquet":
-        columns = read_table(path)
-        rows: Iterable[Mapping[str, Any]] = (
-            dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
-        )
-    elif path.suffix in {".jsonl", ".json"}:
-        rows = read_rows(path)
-    else:
+    if path.suffix not in FILES:
         raise UserError(f"{path}: unknown kind of data file; use .jsonl or .parquet")
-    return [to_example(row, path, number, prompt, response, answer) for number, row in enumerate(rows, start=1)]
+    rows = read_parquet(path, columns) if path.suffix == ".parquet" else read_rows(path)
+    # Without the folder: an id enters seeds and hashes, which must not depend on where the file lies.
+    return [to_example(row, f"{path}:{n}", f"{path.stem}-{n}", columns) for n, row in enumerate(rows, start=1)]
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -77,33 +131,135 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def to_example(row: Mapping[str, Any], path: Path, number: int, prompt: str, response: str, answer: str) -> Example:
-    """An Example from a row's columns. Raises UserError naming the file, the row and the column."""
-    where = f"{path}:{number}"
+def read_parquet(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file, with no more columns than needed. Raises UserError naming a damaged file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(1024, columns=columns.among(file.schema_arrow.names, str(path))):
+                yield from batch.to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
+
+
+def read_dataset(source: str, split: str, revision: str | None, columns: Columns) -> Loaded:
+    """One split of a data set, by the `datasets` library, from the Hub or a folder. Errors: see `load_examples`."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{source}: needs the datasets package; pip install 'gift-suite[hub]'") from None
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset(source, split=split, revision=revision)
+    except Exception as error:  # the library raises a dozen unrelated kinds
+        reason = first_line(error).rstrip(".")
+        raise UserError(f"{source}: cannot load this data set: {reason}; {remedy(error)}") from error
+    table = table.select_columns(columns.among(table.column_names, source))
+    name = Path(source).name
+    examples: list[Example] = []
+    errors: list[UserError] = []
+    with progress(len(table), f"reading {name}", unit="row") as bar:
+        for number, row in enumerate(table, start=1):
+            try:
+                examples.append(to_example(row, f"{source}:{number}", f"{name}-{number}", columns))
+            except UserError as error:
+                errors.append(error)
+            bar.update()
+    if len(errors) > UNUSABLE * len(table):
+        raise UserError(f"{errors[0]} (and {len(errors) - 1} more of {len(table)} rows are of no use)")
+    return Loaded(examples, revision, len(errors))
+
+
+def hub_revision(source: str, revision: str | None) -> str | None:
+    """The commit that a Hub data set's revision (its newest, where None) means now; as given if the Hub is away."""
+    from huggingface_hub import HfApi
+
+    try:
+        commit: str | None = HfApi().dataset_info(source, revision=revision, timeout=10).sha
+    except Exception:  # offline, absent, gated: loading it will say so, or find a copy on this machine
+        return revision
+    return commit
+
+
+def remedy(error: Exception) -> str:
+    """What to do about an error of `datasets.load_dataset`."""
+    if isinstance(error, ConnectionError):
+        return "download it where the Hub can be reached, and give its folder or a .parquet file as data.source"
+    if "gated" in str(error):
+        return "accept its terms on its page and log in with `hf auth login`"
+    return "check data.source, data.split and data.revision, or give a .jsonl or .parquet file"
+
+
+def to_example(row: Mapping[str, Any], where: str, name: str, columns: Columns) -> Example:
+    """An Example from a row's columns; `name` is its id where it has none. Raises UserError naming `where` and why."""
+    columns.among(list(row), where)
 
     def text(column: str) -> str:
-        if column not in row:
-            raise UserError(f"{where}: no column {column!r}; the row has: {', '.join(map(str, row))}")
-        value = row[column]
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{where}: column {column!r} is not text: {value!r:.60}")
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise UserError(f"{where}: column {column!r} has half of a surrogate pair, which is not Unicode text")
-        return value
+        return checked_text(row[column], f"{where}: column {column!r}")
 
-    # Without the folder: an id enters seeds and hashes, which must not depend on where the file lies.
-    name = f"{path.stem}-{number}" if row.get("id") is None else str(row["id"])
-    return Example(name, text(prompt), text(response), text(answer))
+    if columns.messages is None:
+        prompt, response = text(columns.prompt), text(columns.response)
+        turns = to_turns(row[TURNS], f"{where}: column {TURNS!r}") if row.get(TURNS) else []
+    else:
+        prompt, turns, response = split_messages(row[columns.messages], f"{where}: column {columns.messages!r}")
+    own_id = row.get("id")
+    return Example(name if own_id is None else str(own_id), prompt, response, text(columns.answer), tuple(turns))
+
+
+def checked_text(value: Any, what: str) -> str:
+    """`value`, which must be text with something in it. Raises UserError naming `what`."""
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{what} is not text: {value!r:.60}")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise UserError(f"{what} has half of a surrogate pair, which is not Unicode text")
+    return value
+
+
+def split_messages(value: Any, what: str) -> tuple[str, list[tuple[str, str]], str]:
+    """Prompt, its turns (none where it is one user message) and response, of a column of chat messages."""
+    turns = to_turns(value, what)
+    if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
+        raise UserError(f"{what}: its last two messages must be the user's and then the assistant's")
+    *prompt, (_, response) = turns
+    if len(prompt) == 1:
+        return prompt[0][1], [], response
+    return "\n\n".join(f"{role}: {content}" for role, content in prompt), prompt, response
+
+
+def to_turns(value: Any, what: str) -> list[tuple[str, str]]:
+    """(role, content) pairs of chat messages. Raises UserError naming the message and what is wrong with it."""
+    if not isinstance(value, list):
+        raise UserError(f"{what} is not a list of messages: {value!r:.60}")
+    turns = []
+    for number, message in enumerate(value, start=1):
+        place = f"{what}: message {number}"
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise UserError(f"{place} is not an object with role and content: {message!r:.60}")
+        if message["role"] not in ROLES:
+            raise UserError(f"{place}: the role {message['role']!r} is not one of {', '.join(ROLES)}")
+        turns.append((message["role"], checked_text(message["content"], f"{place}: its content")))
+    return turns
+
+
+def as_row(example: Example) -> dict[str, Any]:
+    """An example as the object that a file keeps of it."""
+    row = asdict(example)
+    if turns := row.pop("turns"):
+        row[TURNS] = [{"role": role, "content": content} for role, content in turns]
+    return row
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> None:
-    """Writes examples as JSONL, atomically."""
-    write_text(path, "".join(json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples))
+    """Writes examples as JSONL, atomically; `read_examples` reads them back."""
+    write_text(path, "".join(json.dumps(as_row(example), ensure_ascii=False) + "\n" for example in examples))
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
     """Hex SHA-256 of the examples' content, in order."""
-    return sha256_json([asdict(example) for example in examples])
+    return sha256_json([as_row(example) for example in examples])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,14 +299,51 @@ def normalize(prompt: str) -> str:
 # Tokens
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a user turn and the assistant's header, by the tokenizer's chat template (the bare text if none)."""
+@dataclass(frozen=True)
+class Truncation:
+    """What `max_length` took: of `rows` examples, `cut` ones lost `tokens_lost` tokens (end tokens included) on their
+    right, and `dropped` ones went altogether, because their prompts leave no room for a response."""
+
+    max_length: int
+    rows: int
+    cut: int = 0
+    tokens_lost: int = 0
+    dropped: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cut} of {self.rows} examples cut at {self.max_length} tokens ({self.tokens_lost} tokens lost),"
+            f" {self.dropped} left out for their long prompts"
+        )
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Example) -> list[int]:
+    """Token ids of a prompt and the assistant's header, by the tokenizer's chat template (the bare text if none).
+
+    `prompt` is a user turn or an example. Raises UserError where it is a conversation that the template refuses.
+    """
+    text = prompt_text(tokenizer, prompt)
+    return list(tokenizer.encode(text, add_special_tokens=tokenizer.chat_template is None))
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str | Example) -> str:
+    """What `encode_prompt` tokenizes. A chat template writes the begin token itself, so none is added to its text.
+
+    Templates come with checkpoints; transformers runs them in Jinja's immutable sandbox.
+    """
+    text, turns = (prompt.prompt, prompt.turns) if isinstance(prompt, Example) else (prompt, ())
+    name = prompt.id if isinstance(prompt, Example) else repr(f"{prompt:.40}")
     if tokenizer.chat_template is None:
-        return list(tokenizer.encode(prompt))
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-    )
-    return list(tokenizer.encode(text, add_special_tokens=False))
+        if turns:
+            raise UserError(f"{name}: a conversation, but the tokenizer has no chat template; set data.template")
+        return text
+    messages = [{"role": role, "content": content} for role, content in turns or [("user", text)]]
+    try:
+        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, date_string=DATE)
+    except TemplateError as error:
+        raise UserError(f"{name}: the chat template refuses this prompt: {first_line(error)}") from error
+    assert isinstance(rendered, str)
+    return rendered
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> Encoded:
@@ -158,43 +351,55 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
 
     Raises UserError if the prompt alone leaves no room for a response.
     """
-    prompt = encode_prompt(tokenizer, example.prompt)
-    response = list(tokenizer.encode(example.response, add_special_tokens=False))
-    ids = [*prompt, *response, tokenizer.eos_token_id]
+    prompt = encode_prompt(tokenizer, example)
     if len(prompt) >= max_length:
         raise UserError(f"{example.id}: the prompt has {len(prompt)} tokens, max_length is {max_length}")
-    return Encoded(example.id, tuple(ids[:max_length]), len(prompt), truncated=len(ids) > max_length)
+    response = tokenizer.encode(example.response, add_special_tokens=False)
+    return joined(example.id, prompt, [*response, tokenizer.eos_token_id], max_length)
 
 
-def collate(batch: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded `input_ids`, `attention_mask` and `labels`, each [B, T] int64.
+def joined(name: str, prompt: Sequence[int], response: Sequence[int], max_length: int) -> Encoded:
+    """Prompt and response as one example, cut on the right."""
+    ids = (*prompt, *response)
+    return Encoded(name, ids[:max_length], len(prompt), truncated=len(ids) > max_length)
 
-    `labels[b, t]` is the token that position t predicts, token t+1, or IGNORED where that is prompt or padding.
+
+def encode_all(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
+) -> tuple[list[Encoded], Truncation]:
+    """Every example as `encode` makes it, many at a time, and what `max_length` took from them.
+
+    A response that was cut has no end token. An example whose prompt leaves no room for a response is left out; raises
+    UserError if those are more than 10%.
     """
-    length = max(len(example.ids) for example in batch)
-    input_ids = torch.full((len(batch), length), pad_id)
-    attention_mask = torch.zeros((len(batch), length), dtype=torch.int64)
-    labels = torch.full((len(batch), length), IGNORED)
-    for row, example in enumerate(batch):
-        ids = torch.tensor(example.ids)
-        input_ids[row, : len(ids)] = ids
-        attention_mask[row, : len(ids)] = 1
-        labels[row, example.prompt_length - 1 : len(ids) - 1] = ids[example.prompt_length :]
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    encoded: list[Encoded] = []
+    tokens = 0
+    known: dict[int, int] = {}  # one int object per token id instead of one per token: a quarter of the memory
 
+    def tokenized(texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        batch = tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False)["input_ids"]
+        return [[known.setdefault(token, token) for token in ids] for ids in batch]
 
-def by_length(items: Sequence[T], length: Callable[[T], int], micro_tokens: int) -> list[list[T]]:
-    """The items sorted by length, in pieces of at most `micro_tokens` tokens, padding included, or of a single item."""
-    pieces: list[list[T]] = []
-    for item in sorted(items, key=length):
-        if not pieces or (len(pieces[-1]) + 1) * length(item) > micro_tokens:
-            pieces.append([])
-        pieces[-1].append(item)
-    return pieces
-
-
-def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
-    """The order in which an epoch visits `size` examples: a function of the arguments, so that resuming is exact."""
-    order = list(range(size))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order
+    with progress(len(examples), "tokenizing", unit="example") as bar:
+        for start in range(0, len(examples), CHUNK):
+            chunk = examples[start : start + CHUNK]
+            prompts = tokenized([prompt_text(tokenizer, e) for e in chunk], tokenizer.chat_template is None)
+            responses = tokenized([example.response for example in chunk], False)
+            for example, prompt, response in zip(chunk, prompts, responses, strict=True):
+                if len(prompt) < max_length:
+                    tokens += len(prompt) + len(response) + 1
+                    encoded.append(joined(example.id, prompt, [*response, tokenizer.eos_token_id], max_length))
+            bar.update(len(chunk))
+    taken = Truncation(
+        max_length,
+        rows=len(examples),
+        cut=sum(example.truncated for example in encoded),
+        tokens_lost=tokens - sum(len(example.ids) for example in encoded),
+        dropped=len(examples) - len(encoded),
+    )
+    if taken.dropped > DROPPED * taken.rows:
+        raise UserError(
+            f"data.max_length: {taken.dropped} of {taken.rows} prompts have {max_length} tokens or more and leave no"
+            " room for a response; raise it, or leave these examples out of the data"
+        )
+    return encoded, taken
