@@ -20,9 +20,19 @@ import torch
 from diagnostics import distribution, representation
 from diagnostics.states import States, collect, encode_alike
 from evals.stats import clustered_mean
+from gift.batches import Encoded
 from gift.cli import UserError, positive, progress, run_command, say
-from gift.data import Encoded, Example, fingerprint, read_examples
-from gift.models import DTYPES, check_checkpoint, device, lm_head, load_config, load_model, quiet_transformers
+from gift.data import Example, fingerprint, read_examples
+from gift.models import (
+    DTYPES,
+    check_checkpoint,
+    device,
+    lm_head,
+    load_config,
+    load_model,
+    logit_map,
+    quiet_transformers,
+)
 from gift.records import RunDir, read_table, sha256_file, sha256_json, sha256_weights, utc_now, write_table
 
 SLAB_TOKENS = 16384  # tokens between two updates of the progress bar
@@ -119,6 +129,8 @@ def load_side(checkpoint: Path, encoded: Sequence[Encoded], batch_size: int, dty
         states = collect(model, encoded, batch_size=batch_size)
     except UserError as error:
         raise UserError(f"{checkpoint}: {error}") from None
+    if logit_map(model):
+        raise UserError(f"{checkpoint}: drift of models that change logits after the LM head cannot be measured yet")
     weight, bias = lm_head(model)
     return Side(states, weight.detach(), None if bias is None else bias.detach())
 

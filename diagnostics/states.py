@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diagnostics.distribution import full_precision
+from gift.batches import IGNORED, Encoded, collate
 from gift.cli import UserError, progress
-from gift.data import IGNORED, Encoded, Example, collate, encode
+from gift.data import Example, encode_all
 from gift.models import backbone, load_tokenizer
 
 
@@ -73,13 +74,14 @@ def encode_alike(checkpoints: Mapping[str, Path], examples: Sequence[Example], m
     """
     (first, first_path), *others = checkpoints.items()
     tokenizer = load_tokenizer(first_path)
-    encoded = [encode(tokenizer, example, max_length) for example in examples]
+    encoded, _ = encode_all(tokenizer, examples, max_length)
     for policy, path in others:
         other = load_tokenizer(path)
         difference = tokenizer_difference(tokenizer, other)
         if difference is None:
-            clash = next((e for e, x in zip(encoded, examples, strict=True) if encode(other, x, max_length) != e), None)
-            difference = f"they split example {clash.id!r} into different tokens" if clash else None
+            pairs = zip(encoded, encode_all(other, examples, max_length)[0], strict=False)
+            clash = next((ours.id for ours, theirs in pairs if ours != theirs), None)
+            difference = f"they split example {clash!r} into different tokens" if clash else None
         if difference:
             raise UserError(
                 f"{path}: the tokenizer of {policy} differs from that of {first} ({first_path}): {difference};"

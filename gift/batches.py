@@ -81,12 +81,6 @@ def pack(items: Sequence[T], length: Callable[[T], int], micro_tokens: int) -> l
     return rows
 
 
-def efficiency(found: Sequence[Sequence[T]], length: Callable[[T], int], *, micro_tokens: int) -> float:
-    """The share, 0 to 1, of the tokens that so many pieces have room for that are not padding or left unused."""
-    used = [sum(length(item) for item in piece) for piece in found]
-    return sum(used) / sum(max(micro_tokens, tokens) for tokens in used)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Tensors
 

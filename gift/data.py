@@ -13,10 +13,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-# Of gift.batches; these names stay importable from here.
-from gift.batches import IGNORED as IGNORED
-from gift.batches import Encoded as Encoded
-from gift.batches import collate as collate
+from gift.batches import Encoded
 from gift.cli import UserError, nearest, progress
 from gift.models import first_line, is_local
 from gift.recipe import Data

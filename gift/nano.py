@@ -269,27 +269,30 @@ def prepare_base(settings: Pretrain, engine: Engine) -> Path:
     return checkpoint
 
 
+def base_config(settings: Pretrain, vocab: int) -> Qwen2Config:
+    """The base's architecture; which tokens end and pad a text is its tokenizer's business."""
+    return Qwen2Config(
+        vocab_size=vocab,
+        hidden_size=settings.hidden,
+        intermediate_size=3 * settings.hidden,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads // 2,
+        max_position_embeddings=WINDOW,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        initializer_range=0.04,
+    )
+
+
 def pretrain(settings: Pretrain, engine: Engine, home: Path, checkpoint: Path) -> None:
     """Trains the base from scratch on the plain NLL of the mixture's responses and writes its checkpoint."""
     documents = pretraining_text(settings.documents, settings.seed)
     tokenizer = train_tokenizer([f"{prompt}\n{response}" for prompt, response in documents[:5000]], settings.vocab)
     torch.manual_seed(settings.seed)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=settings.hidden,
-            intermediate_size=3 * settings.hidden,
-            num_hidden_layers=settings.layers,
-            num_attention_heads=settings.heads,
-            num_key_value_heads=settings.heads // 2,
-            max_position_embeddings=WINDOW,
-            tie_word_embeddings=True,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-            initializer_range=0.04,
-        )
-    )
+    config = base_config(settings, len(tokenizer))
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    model = Qwen2ForCausalLM(config)
     encoded = [
         encode(tokenizer, Example(str(number), prompt, response, response), WINDOW)
         for number, (prompt, response) in enumerate(documents)

@@ -20,7 +20,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from gift.cli import UserError
 from gift.generation import Request, Sample, SamplingParams
-from gift.models import backbone, end_ids
+from gift.models import backbone, end_ids, logit_map
+from gift.vocab.head import LogitMap
 
 DRAWS = 64  # uniforms drawn per row at a time
 GROWTH = 64  # smallest number of positions by which the key/value store grows
@@ -210,8 +211,7 @@ class HFEngine:
             input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state
         head = self.model.get_output_embeddings()
-        logits: Tensor = head(hidden[:, -1]).float()
-        return logits
+        return LogitMap(**logit_map(self.model)).apply(head(hidden[:, -1]).float())
 
 
 def check_attention(model: PreTrainedModel) -> None:

@@ -291,7 +291,7 @@ def test_a_manifest_cannot_say_what_is_deleted(tmp_path, small_run):
 def test_responses_are_cut_at_the_length_given(small_run):
     drift.measure_run(small_run, sequences=None, batch_size=2, max_length=8)
     assert {name: n for name, (n, *_) in sums(small_run, "base..sft", "l2").items()} == {"one": 3, "two": 1, "three": 4}
-    with pytest.raises(UserError, match="two: the prompt has 7 tokens, max_length is 7"):
+    with pytest.raises(UserError, match="1 of 3 prompts have 7 tokens or more"):
         drift.measure_run(small_run, sequences=None, batch_size=2, max_length=7)
 
 

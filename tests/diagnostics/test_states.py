@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerFast
 
 from diagnostics import distribution, states
 from diagnostics.states import collect
+from gift.batches import Encoded
 from gift.cli import UserError
-from gift.data import Encoded
 from gift.models import lm_head
 
 VOCABULARY = 50

@@ -8,10 +8,31 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tiny_models import SHAPE
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 
 from gift.cli import UserError
-from gift.models import check_checkpoint, is_local, lm_head, load_config, load_model, load_tokenizer, states_at
+from gift.generation import Request, SamplingParams
+from gift.generation.hf import HFEngine
+from gift.models import (
+    check_checkpoint,
+    is_local,
+    lm_head,
+    load_config,
+    load_model,
+    load_tokenizer,
+    logit_map,
+    states_at,
+)
+from gift.vocab import vocab_stats
 
 
 @pytest.fixture
@@ -88,11 +109,34 @@ def test_weights_of_another_shape_are_refused(checkpoint):
         load_model(checkpoint)
 
 
-def test_logits_changed_after_the_head_are_refused(checkpoint):
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": 30.0}))
-    with pytest.raises(UserError, match=r"change logits after the LM head \(final_logit_softcapping\)"):
-        load_model(checkpoint)
+@pytest.mark.parametrize(
+    ("config", "model", "settings"),
+    [
+        (
+            Gemma2Config,
+            Gemma2ForCausalLM,
+            {"final_logit_softcapping": 2.0, "head_dim": 8, "layer_types": ["full_attention"] * 2},
+        ),
+        (GraniteConfig, GraniteForCausalLM, {"logits_scaling": 4.0}),
+        (CohereConfig, CohereForCausalLM, {"logit_scale": 0.25}),
+    ],
+)
+def test_logits_changed_after_the_head_are_those_of_the_model(config, model, settings):
+    torch.manual_seed(0)
+    made = model(config(**{**SHAPE, **settings}, vocab_size=40, initializer_range=0.5)).eval()
+    ids = torch.randint(40, (1, 9))
+    selected = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        expected = torch.log_softmax(made(input_ids=ids).logits[0].double(), -1)
+        weight, bias = lm_head(made)
+        hidden = states_at(made, ids, torch.ones_like(ids), selected)
+        stats = vocab_stats(hidden, weight, ids[0], bias=bias, **logit_map(made))
+    assert logit_map(made)
+    torch.testing.assert_close(stats.logp.double(), expected.gather(1, ids[0][:, None])[:, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stats.entropy.double(), -(expected.exp() * expected).sum(-1), rtol=1e-4, atol=1e-4)
+    (sample,) = HFEngine(made).generate([Request(tuple(ids[0].tolist()), 3)], SamplingParams(max_tokens=1))
+    assert sample.logps is not None
+    assert sample.logps[0] == pytest.approx(expected[-1, sample.token_ids[0]].item(), abs=1e-4)
 
 
 def test_no_tokenizer(checkpoint):

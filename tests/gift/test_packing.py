@@ -13,7 +13,7 @@ from tiny_models import SHAPE, tiny_model
 from transformers import AttentionInterface, Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3ForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from gift.batches import IGNORED, Encoded, check_packing, collate, efficiency, pack, pieces
+from gift.batches import IGNORED, Encoded, check_packing, collate, pack, pieces
 from gift.cli import UserError
 from gift.models import states_at
 
@@ -90,13 +90,6 @@ def test_rows_are_those_of_a_plain_best_fit_search(lengths, limit):
 def test_a_perfect_packing_is_found():
     rows = pack([2, 5, 8, 3, 7, 5], lambda size: size, 10)
     assert sorted(map(sorted, rows)) == [[2, 8], [3, 7], [5, 5]]
-    assert efficiency(rows, lambda size: size, micro_tokens=10) == 1.0
-
-
-def test_efficiency_counts_the_tokens_in_use():
-    sized = functools.partial(efficiency, length=lambda size: size)
-    assert sized([[6, 2], [5]], micro_tokens=10) == 13 / 20
-    assert sized([[6], [14]], micro_tokens=10) == 20 / 24  # a row longer than allowed is full
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 60), st.booleans())
