@@ -1,137 +1,97 @@
 """DeepSpeed behind five verbs: build, backward, step, save and resume, export.
 
 Losses arrive as sums over tokens. `backward` divides by the number of tokens of the whole step, over all ranks and all
-micro-batches, so that the gradient does not depend on how a batch is cut. State to resume from is kept as safetensors
-and JSON, one file per rank: no pickle is read or written.
+micro-batches, so that the gradient does not depend on how a batch is cut. With bf16 weights, gradients are reduced and
+added up in fp32, and AdamW steps on fp32 masters, unless `master_dtype` says bfloat16: then weights, gradients and
+moments are all bf16. torch's AdamW serves every stage, offloaded or not, so that none needs a compiler.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
-import logging
+import io
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gift.cli import UserError
-from gift.models import quiet_transformers
+from gift.distributed import (
+    barrier,
+    import_deepspeed,
+    init_distributed,
+    lockstep,
+    quiet_libraries,
+    rank,
+    share_of_rank,
+    total_over_ranks,
+    world_size,
+)
+from gift.lora import merged_state
+from gift.masters import MasterAdamW, adam_of, masters_of, update_weights
+from gift.models import backbone, device
 from gift.recipe import Engine as EngineSettings
 from gift.recipe import Optimizer
-from gift.records import atomic_path, read_json, remove, sync, write_json
+from gift.records import atomic_path
+from gift.states import disk_errors, read_newest, write_state
 
-T = TypeVar("T")
+__all__ = [
+    "FrozenEngine",
+    "TrainingEngine",
+    "barrier",
+    "check_finite",
+    "disk_errors",
+    "export_checkpoint",
+    "import_deepspeed",
+    "init_distributed",
+    "learning_rate",
+    "lockstep",
+    "quiet_libraries",
+    "rank",
+    "share_of_rank",
+    "total_over_ranks",
+    "world_size",
+]
 
-
-def import_deepspeed() -> Any:
-    """DeepSpeed, told which accelerator to use before it looks (and warns) for itself."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    import deepspeed
-
-    return deepspeed
-
-
-def init_distributed() -> None:
-    """Joins the ranks a launcher started, or makes this process the only rank. Idempotent."""
-    deepspeed = import_deepspeed()
-    if dist.is_initialized():
-        return
-    # DeepSpeed would compile a shared-memory all-reduce here, for half a minute; gloo serves a CPU run well enough.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if "RANK" not in os.environ:  # nobody launched ranks: a store in this process needs neither port nor environment
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on this one
-    deepspeed.init_distributed(
-        dist_backend=backend,
-        auto_mpi_discovery=False,
-        timeout=dt.timedelta(days=1),  # other ranks wait while the first evaluates
-        verbose=False,
-    )
-
-
-def rank() -> int:
-    """This process's rank; 0 where nothing is distributed."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """The number of ranks; 1 where nothing is distributed."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def total_over_ranks(values: Sequence[float]) -> list[float]:
-    """Each value summed over all ranks, in float64."""
-    if world_size() == 1:
-        return list(values)
-    tensor = torch.tensor(values, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(tensor)
-    summed: list[float] = tensor.tolist()
-    return summed
-
-
-def lockstep(pieces: Sequence[T], idle: Callable[[T], T]) -> list[T]:
-    """This rank's pieces, with `idle(piece)` appended until every rank has as many: ZeRO needs equal calls.
-
-    Every rank must have at least one piece.
-    """
-    longest = len(pieces)
-    if world_size() > 1:
-        counts = torch.zeros(world_size(), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        counts[rank()] = len(pieces)
-        dist.all_reduce(counts)
-        longest = int(counts.max())
-    return [*pieces, *[idle(pieces[-1])] * (longest - len(pieces))]
-
-
-def share_of_rank(items: Sequence[Any]) -> list[Any]:
-    """The items this rank works on: every world-size-th one."""
-    return list(items[rank() :: world_size()])
+MAIN = "main"  # the optimizer that steps outside of `TrainingEngine.optimizer_state`
+# In elements, and DeepSpeed's defaults: the parameters that ZeRO 3 leaves whole, or keeps whole for a while after use.
+STAGE_3 = {
+    "stage3_param_persistence_threshold": 100_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+}
+TORCH_LINEAR = nn.functional.linear  # ZeRO 3 puts its own in place of it, for the whole process
 
 
 class TrainingEngine:
-    """A module under DeepSpeed; the loss it returns is a sum over tokens. `model` is the HF model in it."""
+    """A module under DeepSpeed; the loss it returns is a sum over tokens. `model` is the HF model in it.
+
+    Raises UserError for gradient checkpointing of a model with dropout.
+    """
 
     def __init__(
         self, module: nn.Module, model: PreTrainedModel, settings: EngineSettings, optimizer: Optimizer
     ) -> None:
-        deepspeed = import_deepspeed()
         init_distributed()
         self.model = model
         self.settings = settings
-        self.optimizer = optimizer
-        config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,
-            "managed_gradient_accumulation": False,
-            # DeepSpeed clips at 1.0 unless told otherwise; an infinite limit measures the norm and changes nothing.
-            "gradient_clipping": optimizer.max_grad_norm or math.inf,
-            "zero_optimization": {"stage": settings.zero_stage, "overlap_comm": False},
-            "bf16": {"enabled": settings.dtype == "bfloat16"},
-            "optimizer": {
-                "type": "AdamW",
-                "params": {
-                    "lr": optimizer.lr,
-                    "betas": list(optimizer.betas),
-                    "weight_decay": optimizer.weight_decay,
-                    "torch_adam": True,
-                },
-            },
-            "steps_per_print": 2**31,
-            "zero_allow_untested_optimizer": True,
-        }
-        self.deepspeed, *_ = deepspeed.initialize(model=module, config=config)
-        self._fp32_grad_norm: float | None = None
-        # Without ZeRO in fp32, DeepSpeed clips after reducing over ranks but keeps the norm to itself.
-        self.deepspeed.clip_fp32_gradients = self._clip_fp32_gradients
+        if settings.gradient_checkpointing:
+            checkpoint_activations(model)
+        self._parked: dict[str, dict[int, dict[str, Any]]] = {}
+        self._stepping = MAIN
+        self._grad_norm = math.nan
+        with contextlib.redirect_stdout(io.StringIO()):  # its BF16 optimizer prints how much memory is in use
+            self.deepspeed, *_ = import_deepspeed().initialize(
+                model=module, optimizer=adamw(module, settings), config=deepspeed_config(settings)
+            )
+        self._use(optimizer)
+        if settings.zero_stage == 0:  # DeepSpeed clips after reducing over ranks, but keeps the norm to itself
+            self.deepspeed.clip_fp32_gradients = self._clip_gradients
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module's forward under DeepSpeed (fused losses must run here: ZeRO-3 gathers weights in it)."""
@@ -142,112 +102,245 @@ class TrainingEngine:
         self.deepspeed.backward(loss_sum * (world_size() / tokens_in_step))
 
     def step(self, lr: float) -> float:
-        """Takes an optimizer step at this learning rate; returns the gradient's L2 norm before clipping."""
+        """Takes an optimizer step at this learning rate; returns the gradient's L2 norm before clipping.
+
+        The norm is not finite where a gradient is not; no weight has changed then at stages 1 to 3.
+        """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
+        if self.settings.zero_stage == 0:
+            for weight in self.model.parameters():
+                if weight.requires_grad and weight.grad is None:  # DeepSpeed would give it one of the weight's own type
+                    weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
         self.deepspeed.step()
-        norm = self._fp32_grad_norm if self._fp32_grad_norm is not None else self.deepspeed.get_global_grad_norm()
-        return float(norm or 0.0)
+        return self._grad_norm if self.settings.zero_stage == 0 else float(self.deepspeed.get_global_grad_norm())
 
-    def _clip_fp32_gradients(self) -> None:
-        limit = self.deepspeed.gradient_clipping()
-        self._fp32_grad_norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+    @contextlib.contextmanager
+    def optimizer_state(self, name: str, optimizer: Optimizer) -> Iterator[None]:
+        """Steps taken inside are those of another AdamW on the same weights.
+
+        It has its own moments and step count, which begin at zero and are saved and resumed under `name`, and its own
+        betas, weight decay and clipping. Its moments stay in memory beside the first optimizer's.
+        """
+        before = self._optimizer
+        self._exchange(name)
+        self._use(optimizer)
+        try:
+            yield
+        finally:
+            self._exchange(MAIN)
+            self._use(before)
+
+    def _use(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        for group in self.deepspeed.optimizer.param_groups:
+            group.update(lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay)
+        self.deepspeed.optimizer.clip_grad = self._max_grad_norm
+
+    def _exchange(self, name: str) -> None:
+        """Puts away the moments in use and takes up those of optimizer `name`."""
+        adam, masters = adam_of(self.deepspeed.optimizer), masters_of(self.deepspeed.optimizer)
+        self._parked[self._stepping] = {
+            number: adam.pop(master) for number, master in enumerate(masters) if master in adam
+        }
+        adam.update({masters[number]: state for number, state in self._parked.pop(name, {}).items()})
+        self._stepping = name
+
+    @property
+    def _max_grad_norm(self) -> float:
+        """DeepSpeed measures no norm without a limit; an infinite one changes nothing."""
+        return self._optimizer.max_grad_norm or math.inf
+
+    def _clip_gradients(self) -> None:
+        weights = [weight for weight in self.model.parameters() if weight.grad is not None]
+        norms = [torch.linalg.vector_norm(weight.grad, dtype=torch.float32) for weight in weights]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        nn.utils.clip_grads_with_norm_(weights, self._max_grad_norm, norm)
+        self._grad_norm = float(norm)
 
     # -----------------------------------------------------------------------------------------------------------------
     # State
 
-    def _partitions(self) -> list[Tensor]:
-        """This rank's fp32 master weights, in the optimizer's order: whole parameters, or ZeRO's flat partitions."""
-        optimizer = self.deepspeed.optimizer
-        if hasattr(optimizer, "single_partition_of_fp32_groups"):
-            return list(optimizer.single_partition_of_fp32_groups)
-        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-    def _adam_state(self) -> dict[Tensor, dict[str, Any]]:
-        optimizer = self.deepspeed.optimizer
-        state: dict[Tensor, dict[str, Any]] = getattr(optimizer, "optimizer", optimizer).state
-        return state
-
     def save(self, folder: Path, progress: dict[str, Any]) -> None:
-        """Saves what an exact continuation needs beside `progress`, then drops the state saved before it."""
-        target = folder / f"step-{progress['step']:06d}"
-        state = {}
-        for number, master in enumerate(self._partitions()):
-            state[f"{number}.master"] = master.detach().cpu().clone()
-            for name, value in self._adam_state().get(master, {}).items():
-                state[f"{number}.{name}"] = torch.as_tensor(value).detach().cpu().clone()
-        scratch = folder / f".{target.name}.tmp"
-        if rank() == 0:
-            remove(scratch)
-            scratch.mkdir(parents=True)
-        barrier()
-        with disk_errors(target):
-            save_file(state, scratch / f"rank-{rank()}.safetensors")
-        barrier()
-        if rank() == 0:
-            write_json(scratch / "progress.json", {**progress, "world_size": world_size()})
-            sync(scratch)
-            remove(target)
-            os.replace(scratch, target)
-            for old in folder.glob("step-*"):
-                if old != target:
-                    remove(old)
-        barrier()
+        """Saves what an exact continuation needs beside `progress`; the newest `keep_states` states are kept."""
+        adam, masters = adam_of(self.deepspeed.optimizer), masters_of(self.deepspeed.optimizer)
+        moments = {**self._parked, MAIN: {number: adam.get(master, {}) for number, master in enumerate(masters)}}
+        tensors = {f"master/{number}": master for number, master in enumerate(masters)}
+        for name, states in moments.items():
+            for number, state in states.items():
+                tensors.update({f"{name}/{number}/{entry}": torch.as_tensor(value) for entry, value in state.items()})
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_state(folder, on_cpu, progress, keep=self.settings.keep_states)
 
     def resume(self, folder: Path) -> dict[str, Any] | None:
         """Restores the newest saved state and returns its progress; None where there is none.
 
-        Raises UserError where it was saved by another number of ranks.
+        A damaged state is reported, and the one before it used. Raises UserError where none can be used, and where
+        another number of ranks saved it.
         """
-        saved = sorted(folder.glob("step-*"))
-        if not saved:
+        if (found := read_newest(folder)) is None:
             return None
-        progress: dict[str, Any] = read_json(saved[-1] / "progress.json")
-        if progress["world_size"] != world_size():
-            raise UserError(
-                f"{saved[-1]}: saved by {progress['world_size']} ranks, cannot be continued by {world_size()};"
-                " start as many, or remove this folder to train this stage again"
-            )
-        state = load_file(saved[-1] / f"rank-{rank()}.safetensors", device="cpu")
-        adam = self._adam_state()
-        with torch.no_grad():
-            for number, master in enumerate(self._partitions()):
-                master.copy_(state[f"{number}.master"])
-                prefix = f"{number}."
-                entries = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-                del entries["master"]
-                # Adam keeps its step counter on the CPU and its moments beside the weights.
-                adam[master] = {
-                    name: value if name == "step" else value.to(master.device) for name, value in entries.items()
-                }
-        self._refresh_weights()
+        progress, tensors = found
+        masters = masters_of(self.deepspeed.optimizer)
+        self._parked = {}
+        for name, tensor in tensors.items():
+            owner, number, *entry = name.split("/")
+            master = masters[int(number)]
+            if owner == "master":
+                with torch.no_grad():
+                    master.copy_(tensor)
+            else:  # Adam keeps its step counter on the CPU and its moments beside the weights
+                value = tensor if entry == ["step"] else tensor.to(master.device)
+                self._parked.setdefault(owner, {}).setdefault(int(number), {})["/".join(entry)] = value
+        adam = adam_of(self.deepspeed.optimizer)
+        adam.clear()
+        adam.update({masters[number]: state for number, state in self._parked.pop(MAIN, {}).items()})
+        update_weights(self.deepspeed.optimizer)
         return progress
 
-    def _refresh_weights(self) -> None:
-        """Copies the restored masters into the model's own weights, where those are apart (ZeRO keeps them so)."""
-        optimizer = self.deepspeed.optimizer
-        if hasattr(optimizer, "single_partition_of_fp32_groups"):
-            optimizer.update_lp_params()
+    # -----------------------------------------------------------------------------------------------------------------
+    # Whole parameters
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside, the model is whole on every rank and can be called without this engine, as a generator does.
+
+        Below ZeRO stage 3 it always is. All ranks call this together.
+        """
+        if self.settings.zero_stage < 3:
+            yield
+            return
+        sharding = self.deepspeed.optimizer.parameter_offload
+        with import_deepspeed().zero.GatheredParameters(list(sharding.module.parameters())):
+            # Its hooks would split each layer's parameters again as soon as the layer has run.
+            for hook in (*sharding.forward_hooks, *sharding.backward_hooks):
+                hook.remove()
+            sharding.forward_hooks, sharding.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                sharding._register_deepspeed_module(sharding.module)
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The model's whole tensors under the names of its checkpoint, adapters merged; {} on all but the first rank.
+
+        All ranks call this. At ZeRO stage 3 the tensors are gathered one by one into the first rank's host memory.
+        """
+        state = self.model.state_dict(keep_vars=True)
+        if self.settings.zero_stage == 3:
+            copies: dict[Tensor, Tensor] = {}  # a tied head shares its copy, as it shares its parameter
+            for tensor in state.values():
+                if tensor not in copies:
+                    with import_deepspeed().zero.GatheredParameters([tensor]):
+                        copies[tensor] = tensor.detach().cpu().clone() if rank() == 0 else tensor
+            state = {name: copies[tensor] for name, tensor in state.items()}
+        return merged_state(self.model, state) if rank() == 0 else {}
+
+    def export(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        """Writes the trained model as a Hugging Face folder, atomically. All ranks call this, before `close`."""
+        state = self.full_state_dict()
+        if rank() == 0:
+            export_checkpoint(self.model, tokenizer, folder, state)
+        barrier()
 
     def close(self) -> None:
-        """Frees DeepSpeed's buffers and hooks; the model stays usable."""
-        self.deepspeed.destroy()
+        """Frees DeepSpeed's buffers and hooks; the model stays usable, unless ZeRO stage 3 has sharded it."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.deepspeed.destroy()
+        nn.functional.linear = TORCH_LINEAR
+        if self.settings.gradient_checkpointing:
+            self.model.gradient_checkpointing_disable()
+            self.model.eval()
 
 
-def export_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes model and tokenizer as a Hugging Face folder, atomically."""
+class FrozenEngine:
+    """A frozen `model` beside the one that is trained: at ZeRO stage 3 its decoder is split among the ranks as well.
+
+    It is called as any model is, by all ranks together, also inside the forward of a TrainingEngine's module. Its LM
+    head is left whole, a tied one as a copy, so that losses can read it at any time.
+    """
+
+    def __init__(self, model: PreTrainedModel, settings: EngineSettings) -> None:
+        init_distributed()
+        self.model = model.requires_grad_(False).eval().to(device())
+        self._sharded: Any = None
+        if settings.zero_stage == 3:
+            head = model.get_output_embeddings()
+            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+            config = deepspeed_config(settings)
+            config["zero_optimization"].pop("offload_optimizer", None)
+            self._sharded, *_ = import_deepspeed().initialize(model=backbone(model), config=config)
+
+    def close(self) -> None:
+        """Removes DeepSpeed's hooks; a model that was split is of no use afterwards."""
+        if self._sharded is not None:
+            self._sharded.destroy()
+
+
+def adamw(module: nn.Module, settings: EngineSettings) -> torch.optim.AdamW:
+    """AdamW on the module's trainable parameters, in the precision that `settings` asks for."""
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    if settings.zero_stage == 0 and settings.dtype == "bfloat16":
+        module.to(device())
+        for weight in module.parameters():
+            weight.data = weight.data.bfloat16()
+        if settings.master_dtype == "float32":
+            return MasterAdamW(weights)
+    # Offloaded masters are stepped on the host, where torch's fused step reads and writes them once.
+    return torch.optim.AdamW(weights, fused=True if settings.offload != "none" else None)
+
+
+def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
+    """DeepSpeed's configuration without an optimizer."""
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    zero: dict[str, Any] = {"stage": settings.zero_stage, "overlap_comm": False, **STAGE_3}
+    if settings.offload != "none":
+        zero["offload_optimizer"] = host
+    if settings.offload == "all":
+        zero["offload_param"] = host
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": math.inf,  # DeepSpeed clips at 1.0 unless told otherwise; each step's limit is set later
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own would be compiled first
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+    # At stage 0 DeepSpeed leaves the weights and their optimizer as they are: see MasterAdamW.
+    if settings.zero_stage > 0 and settings.dtype == "bfloat16":
+        pure = settings.master_dtype == "bfloat16"
+        config["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": pure, "bf16_optimizer_states": pure}
+        config["data_types"] = {"grad_accum_dtype": "bf16" if pure else "fp32"}
+        config["communication_data_type"] = "bf16" if pure else "fp32"
+    return config
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Makes the model compute activations again in the backward pass. Raises UserError where it has dropout.
+
+    transformers does so in training mode alone, in which dropout would be on.
+    """
+    for name, value in model.config.to_dict().items():
+        if "drop" in name and isinstance(value, float | int) and value > 0:
+            raise UserError(
+                f"engine.gradient_checkpointing: this model's config has {name} {value}, which it would turn on;"
+                f" set {name} to 0 in the config.json, or gradient_checkpointing=false"
+            )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+
+
+def export_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes a model and its tokenizer as a Hugging Face folder, atomically; `state` replaces its own tensors."""
     with disk_errors(folder), atomic_path(folder) as scratch:
-        model.save_pretrained(scratch)
+        model.save_pretrained(scratch, state_dict=None if state is None else dict(state))
         tokenizer.save_pretrained(scratch)
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns safetensors' own error for a disk that is full or read-only into a UserError naming `path`."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise UserError(f"{path}: cannot be written: {error}; mend this and run again") from None
 
 
 def check_finite(row: Mapping[str, Any], where: str) -> None:
@@ -255,18 +348,6 @@ def check_finite(row: Mapping[str, Any], where: str) -> None:
     for name, value in row.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where}: {name} is {value}: training has diverged; lower the learning rate in a new run")
-
-
-def barrier() -> None:
-    """Waits for all ranks."""
-    if world_size() > 1:
-        dist.barrier()
-
-
-def quiet_libraries() -> None:
-    """Keeps transformers' and DeepSpeed's chatter out of a command's output; their errors pass."""
-    quiet_transformers()
-    import_deepspeed().utils.logger.setLevel(logging.ERROR)
 
 
 def learning_rate(optimizer: Optimizer, step: int, total_steps: int) -> float:

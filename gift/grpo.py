@@ -1,92 +1,76 @@
-"""Stage 2: GRPO from any initialization.
+"""Stage 2: RL from any initialization. One loop; GRPO, LUFFY and ReLIFT are settings of it.
 
-Each rollout batch: sample a group of responses per prompt, grade them with evaluation's own grader, take the reward
-minus the group's mean as advantage, and make a few clipped updates. The loss is the sum over all response tokens of an
-update divided by their number. No KL term, no division by the standard deviation (paper, Appendix E; verl 0.4 where
-the paper is silent). A response whose group earned the same reward throughout has advantage zero, hence no gradient:
-it counts in the denominator and is not computed.
+Each step: sample a group of responses per prompt, grade them with evaluation's own grader, take the reward minus the
+group's mean as advantage, and make a few updates. The defaults are the paper's (Appendix E; verl 0.4 where it is
+silent): PPO's clipped surrogate, averaged over all response tokens of an update on all ranks, no KL term, no division
+by the standard deviation. verl averages each micro-batch over its own tokens instead, and so depends on the cut.
+
+LUFFY (`algorithm: luffy`) puts the expert's solution into each group, with a loss of its own (`gift.policy`). ReLIFT
+(`relift`) adds supervised steps on what was not solved (`gift.relift`). Both authors' code does not clip ratios, and
+divides the sum of a rank's token losses by 8192 alone. Of the same update on 8 GPUs, 512 sequences, `aggregation:
+seq_sum_norm` makes 1/64 of that gradient. Adam cancels the factor, clipping does not: `max_grad_norm: M` there is M/64
+here. Their entropy bonus is a mean over the tokens of each micro-batch instead, of up to 32,768: against the policy
+term, their coefficient of 0.001 weighs about as much as 0.00025 to 0.0005 here.
+
+A response without advantage has no policy gradient: it counts in the denominators, and is not computed unless a KL or
+entropy term needs it.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gift.cli import progress
-from gift.data import IGNORED, Encoded, Example, by_length, collate, encode_prompt, epoch_order
-from gift.engine import TrainingEngine, check_finite, learning_rate, lockstep, rank, share_of_rank, total_over_ranks
-from gift.generation import Engine as GenerationEngine
-from gift.generation import Request, Sample, SamplingParams, completion_text, sample_seed
+from gift.batches import epoch_order
+from gift.cli import UserError, progress
+from gift.data import Example
+from gift.distributed import rank, total_over_ranks
+from gift.engine import TrainingEngine, check_finite, learning_rate
 from gift.generation.hf import HFEngine
-from gift.models import lm_head, on_device, states_at
-from gift.policy import clipped_policy_loss, group_advantages
+from gift.lora import adapted_layers, adapters_disabled
+from gift.models import device, on_device
+from gift.policy import token_weight, truncated_importance
+from gift.policy_module import PolicyModule, micro_batches
 from gift.recipe import RL, Engine
 from gift.records import JsonlLog
-from gift.rewards import Verdict, grade_math
-from gift.vocab import vocab_stats
+from gift.relift import FailedPrompts, supervised_step
+from gift.rollouts import Rollout, Sampler, rollout_metrics, rollout_rows
+
+Forward = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """One sampled response, graded; of the old policy, the log-probabilities [tokens] and the summed entropy (nats)."""
+class Scored:
+    """A rollout, and what fixed policies say about its tokens: log-probabilities [tokens] in nats, on the CPU.
 
-    encoded: Encoded
-    sample: Sample
-    verdict: Verdict
-    advantage: float
+    The old policy is the one that drew it. It has nothing to say about a demonstration, whose behaviour's probability
+    LUFFY takes to be 1: `old_logp` and `old_entropy` (nats, summed) are 0.
+    """
+
+    rollout: Rollout
     old_logp: Tensor
     old_entropy: float
+    ref_logp: Tensor | None = None
 
-
-class PolicyModule(nn.Module):
-    """The policy and its loss as one module: DeepSpeed must see both in one forward."""
-
-    def __init__(self, policy: PreTrainedModel, settings: RL) -> None:
-        super().__init__()
-        self.policy = policy
-        self.settings = settings
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
-        old_logp: Tensor | None = None,
-        advantages: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The policy loss summed over response tokens, and [2] sums: clipped tokens, old minus new log-probability.
-
-        input_ids, attention_mask, labels: [B, T] int64; old_logp, advantages: [N], in the order of labelled positions.
-        Without these two: log-probability and entropy of the response tokens at the sampling temperature, each [N].
-        """
-        settings = self.settings
-        selected = labels != IGNORED
-        hidden = states_at(self.policy, input_ids, attention_mask, selected)
-        weight, bias = lm_head(self.policy)
-        stats = vocab_stats(hidden, weight, labels[selected], bias=bias, temperature=settings.temperature)
-        if old_logp is None or advantages is None:
-            return stats.logp, stats.entropy
-        loss, clipped = clipped_policy_loss(
-            stats.logp,
-            old_logp,
-            advantages,
-            clip_low=settings.clip_low,
-            clip_high=settings.clip_high,
-            dual_clip=settings.dual_clip,
-        )
-        logged = torch.stack([clipped.double().sum(), (old_logp - stats.logp.detach()).double().sum()])
-        return loss.sum(), logged
+    @property
+    def generator_logp(self) -> Tensor | None:
+        """The generator's log-probabilities [tokens], or None where it gave none; those of `old_logp` for an expert."""
+        if self.rollout.source == "demonstration":
+            return self.old_logp
+        return torch.tensor(self.rollout.sample.logps) if self.rollout.sample.logps else None
 
 
 class GRPOTrainer:
-    """GRPO on one policy. The model is trained in place; `policy` names it in logs, `seed` decides every sample."""
+    """RL on one policy. The model is trained in place; `policy` names it in logs, `seed` decides every sample."""
 
     def __init__(
         self,
@@ -108,18 +92,28 @@ class GRPOTrainer:
         self.resume_dir = resume_dir
         self.log = log
         self.rollout_log = rollout_log
+        frozen = frozen_copy(model, settings) if settings.kl_coef and not adapted_layers(model) else None
         self.engine = TrainingEngine(PolicyModule(model, settings), model, engine_settings, settings.optimizer)
-        self.generator: GenerationEngine = HFEngine(model)
+        self.reference: Forward | None = frozen or (self._without_adapters if settings.kl_coef else None)
+        self.sampler = Sampler(policy, tokenizer, self.engine, HFEngine(model), settings, seed)
+        self.failed = FailedPrompts(settings.relift.buffer)
 
-    def train(self, problems: Sequence[Example], validation: Sequence[Example]) -> int:
-        """Passes over the problems in whole batches; returns the number of rollout batches.
+    def train(
+        self,
+        problems: Sequence[Example],
+        validation: Sequence[Example],
+        checkpoint: Callable[[TrainingEngine, int], None],
+    ) -> None:
+        """Passes over the problems in whole batches; the rest of an epoch that makes none is dropped.
 
-        Continues from the newest state in the resume folder.
+        Continues from the newest state in the resume folder. At the end `checkpoint` is called with the engine and the
+        number of rollout batches. Logs under (policy, stage, event, step), a step being a rollout batch.
         """
         settings = self.settings
         per_epoch = len(problems) // settings.batch_size
         total = per_epoch * settings.epochs
-        state = self.engine.resume(self.resume_dir) or {"step": 0}
+        state = self.engine.resume(self.resume_dir) or {"step": 0, "failed": []}
+        self.failed.ids = state["failed"]
         bar = progress(total, f"{self.policy}: rl", unit="step", initial=state["step"])
         for step in range(state["step"], total):
             if step == 0:
@@ -127,117 +121,94 @@ class GRPOTrainer:
             epoch, position = divmod(step, per_epoch)
             order = epoch_order(len(problems), self.seed, epoch)
             start = position * settings.batch_size
-            row = self.train_step([problems[i] for i in order[start : start + settings.batch_size]], step, total)
+            batch = [problems[i] for i in order[start : start + settings.batch_size]]
+            row = self.train_step(batch, problems, step, total)
             done = step + 1
             self._record("train", done, row)
             if settings.validate_every and (done % settings.validate_every == 0 or done == total):
                 self.validate(validation, step=done)
             if done % settings.save_every == 0 and done < total:
-                self.engine.save(self.resume_dir, {"step": done})
+                self.engine.save(self.resume_dir, {"step": done, "failed": self.failed.ids})
             bar.set_postfix_str(f"reward {row['reward_mean']:.2f}", refresh=False)
             bar.update()
         bar.close()
+        checkpoint(self.engine, total)
         self.engine.close()
-        return total
 
-    def train_step(self, problems: Sequence[Example], step: int, total: int) -> dict[str, Any]:
-        """Rolls out, grades and updates on one batch of problems; returns what is logged (of the last update)."""
+    def train_step(
+        self, batch: Sequence[Example], problems: Sequence[Example], step: int, total: int
+    ) -> dict[str, Any]:
+        """Rolls out, grades and updates on one batch of the problems; returns what is logged (of the last update)."""
+        draw = self.sampler.draw(batch, problems, step)
+        self.rollout_log.append(rollout_rows(draw, step + 1, self.tokenizer))
         started = time.perf_counter()
-        mine = share_of_rank(problems)
-        samples = self.sample(mine, step)
-        sampled = time.perf_counter()
-        verdicts = self.grade(mine, samples)
-        graded = time.perf_counter()
-        groups = self.score(mine, samples, verdicts)
-        self._save_rollouts(groups, step)
-        row = self._rollout_metrics(groups)
-        size = len(mine) // self.settings.updates_per_batch
-        updates = [
-            self.update([rollout for group in groups[start : start + size] for rollout in group], step, total)
-            for start in range(0, size * self.settings.updates_per_batch, size)
-        ]
-        seconds = {"rollout": sampled - started, "grade": graded - sampled, "update": time.perf_counter() - graded}
-        return {
-            **row,
-            **updates[-1],
-            "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        }
+        mine = [position for position in draw.kept if position in draw.groups]
+        scored = iter(self.score([rollout for position in mine for rollout in draw.groups[position]]))
+        groups = {position: list(itertools.islice(scored, len(draw.groups[position]))) for position in mine}
+        row = {**rollout_metrics(draw), **policy_metrics([each for group in groups.values() for each in group])}
+        if self.settings.dynamic_sampling:
+            row["drawn"] = len(draw.live)
+        size = len(batch) // self.settings.updates_per_batch
+        for start in range(0, size * self.settings.updates_per_batch, size):
+            part = [groups[position] for position in draw.kept[start : start + size] if position in groups]
+            update = self.update([each for group in part for each in group], step, total)
+        row |= update
+        if self.settings.algorithm == "relift":
+            row |= self.lift(draw.failed, {problem.id: problem for problem in problems}, step, total)
+        seconds = {**draw.seconds, "update": time.perf_counter() - started}
+        return {**row, "seconds": {name: round(value, 3) for name, value in seconds.items()}}
 
-    def sample(self, problems: Sequence[Example], step: int) -> list[Sample]:
-        """`group_size` samples per problem, group after group, each with its own seed."""
-        requests = [
-            Request(
-                tuple(encode_prompt(self.tokenizer, problem.prompt)), self._seed("rollout", step, problem.id, number)
+    def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+        """The rollouts with the old policy's and the reference's log-probabilities, both computed by the trainer."""
+        numbers = self._per_token(self.engine, [rollout for rollout in rollouts if rollout.source == "policy"])
+        old = iter((logp, float(entropy.double().sum())) for logp, entropy in numbers)
+        reference: list[tuple[Tensor, Tensor]] | None = None
+        if self.reference is not None:
+            reference = self._per_token(self.reference, rollouts)
+        return [
+            Scored(
+                rollout,
+                *(next(old) if rollout.source == "policy" else (torch.zeros(rollout.tokens), 0.0)),
+                None if reference is None else reference[index][0],
             )
-            for problem in problems
-            for number in range(self.settings.group_size)
+            for index, rollout in enumerate(rollouts)
         ]
-        params = SamplingParams(max_tokens=self.settings.max_tokens, temperature=self.settings.temperature)
-        return self.generator.generate(requests, params)
 
-    def grade(self, problems: Sequence[Example], samples: Sequence[Sample]) -> list[Verdict]:
-        """A verdict per sample; the samples come in equal groups, one group a problem."""
-        each = len(samples) // len(problems)
-        texts = [completion_text(self.tokenizer, sample) for sample in samples]
-        return grade_math(texts, [problem.answer for problem in problems for _ in range(each)])
-
-    def score(
-        self, problems: Sequence[Example], samples: Sequence[Sample], verdicts: Sequence[Verdict]
-    ) -> list[list[Rollout]]:
-        """Groups of rollouts with advantages and the old policy's log-probabilities, recomputed by the trainer."""
-        size = self.settings.group_size
-        rewards = torch.tensor([verdict.score for verdict in verdicts]).view(-1, size)
-        advantages = group_advantages(rewards).flatten().tolist()
-        encoded = []
-        for number, sample in enumerate(samples):
-            problem = problems[number // size]
-            prompt = encode_prompt(self.tokenizer, problem.prompt)
-            encoded.append(Encoded(problem.id, (*prompt, *sample.token_ids), len(prompt)))
-        old = self.old_policy(encoded)
-        rollouts = [Rollout(encoded[i], samples[i], verdicts[i], advantages[i], *old[i]) for i in range(len(samples))]
-        return [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
-
-    @torch.no_grad()
-    def old_policy(self, encoded: Sequence[Encoded]) -> list[tuple[Tensor, float]]:
-        """Of each response under the policy as it is: log-probabilities [tokens], and entropies summed over them."""
-        found: dict[int, tuple[Tensor, float]] = {}
-        pieces = by_length(range(len(encoded)), lambda i: len(encoded[i].ids), self.engine.settings.micro_tokens)
-        for number, piece in enumerate(lockstep(pieces, lambda piece: piece)):
-            batch = on_device(collate([encoded[i] for i in piece], self._pad), self.engine.model)
-            logp, entropy = self.engine(**batch)
-            if number < len(pieces):
-                lengths = [len(encoded[i].ids) - encoded[i].prompt_length for i in piece]
-                sums = [float(part.double().sum()) for part in entropy.split(lengths)]
-                found.update(zip(piece, zip(logp.split(lengths), sums, strict=True), strict=True))
-        return [found[i] for i in range(len(encoded))]
-
-    def update(self, rollouts: Sequence[Rollout], step: int, total: int) -> dict[str, float]:
-        """One optimizer step on these rollouts; returns what is logged, means per token that has a gradient."""
-        live = [rollout for rollout in rollouts if rollout.advantage != 0] or list(rollouts[:1])
-        tokens, computed = total_over_ranks(
-            [float(sum(len(rollout.sample.token_ids) for rollout in part)) for part in (rollouts, live)]
-        )
-        pieces = by_length(live, lambda rollout: len(rollout.encoded.ids), self.engine.settings.micro_tokens)
-        batches = lockstep([self._batch(piece) for piece in pieces], no_labels)
-        logged = torch.zeros(2, dtype=torch.float64)
-        for batch in batches:
-            loss, sums = self.engine(**on_device(batch, self.engine.model))
-            self.engine.backward(loss, tokens)
+    def update(self, scored: Sequence[Scored], step: int, total: int) -> dict[str, float]:
+        """One optimizer step; returns what is logged, means per token that was drawn from the policy and computed."""
+        settings = self.settings
+        counted = [each for each in scored if not (settings.mask_truncated and each.rollout.truncated)]
+        sequences, tokens = total_over_ranks([float(len(counted)), float(sum(each.rollout.tokens for each in counted))])
+        needs_all = settings.kl_coef or settings.entropy_coef
+        live = [each for each in counted if needs_all or each.rollout.advantage]
+        logged = torch.zeros(4, dtype=torch.float64)
+        for piece, batch in micro_batches([each.rollout.encoded for each in live], self.engine.settings, self._pad):
+            inputs = token_inputs([live[index] for index in piece], sequences, tokens, settings)
+            tensors = on_device({**batch, **inputs}, self.engine.model)
+            loss, sums = self.engine(**tensors, temperature=settings.temperature)
+            self.engine.backward(loss, 1.0)  # the weights have divided it already
             logged += sums.cpu()
-        lr = learning_rate(self.settings.optimizer, step, total)
+        lr = learning_rate(settings.optimizer, step, total)
         grad_norm = self.engine.step(lr)
-        clipped, kl = total_over_ranks(logged.tolist())
-        return {"clip_share": clipped / computed, "kl_old": kl / computed, "grad_norm": grad_norm, "lr": lr}
+        computed, *sums_of = total_over_ranks(logged.tolist())
+        clip_share, kl_old, kl = (value / max(computed, 1) for value in sums_of)
+        row = {"clip_share": clip_share, "kl_old": kl_old, "grad_norm": grad_norm, "lr": lr}
+        return {**row, "kl": kl} if settings.kl_coef else row
+
+    def lift(self, failed: Sequence[str], problems: dict[str, Example], step: int, total: int) -> dict[str, float]:
+        """ReLIFT's part of a step: notes what failed, and takes a supervised step once enough has."""
+        self.failed.push(failed)
+        taken = [problems[name] for name in self.failed.pop()]
+        row: dict[str, float] = {"buffer": len(self.failed.ids)}
+        if taken:
+            demonstrations = [self.sampler.encode(problem, self.sampler.demonstration(problem)) for problem in taken]
+            row |= supervised_step(self.engine, demonstrations, self.settings.relift, self._pad, step, total)
+        return row
 
     def validate(self, validation: Sequence[Example], *, step: int) -> None:
         """Logs greedy accuracy on the first `validation_items` held-out problems."""
         items = validation[: self.settings.validation_items]
-        mine = share_of_rank(items)
-        requests = [Request(tuple(encode_prompt(self.tokenizer, problem.prompt)), seed=0) for problem in mine]
-        params = SamplingParams(max_tokens=self.settings.max_tokens, temperature=0)
-        verdicts = self.grade(mine, self.generator.generate(requests, params)) if mine else []
-        (correct,) = total_over_ranks([sum(verdict.score for verdict in verdicts)])
-        row = {"val_accuracy": correct / len(items), "val_items": len(items), "val_samples": 1}
+        row = {"val_accuracy": self.sampler.accuracy(items), "val_items": len(items), "val_samples": 1}
         self._record("validation", step, row)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -247,63 +218,83 @@ class GRPOTrainer:
         pad: int = self.tokenizer.pad_token_id
         return pad
 
-    def _seed(self, *parts: str | int) -> int:
-        return sample_seed(self.seed, self.policy, *parts)
+    def _without_adapters(self, **batch: Any) -> tuple[Tensor, Tensor]:
+        """The forward pass of the policy that RL began with, where what is trained are adapters: they began as zero."""
+        with adapters_disabled(self.engine.model):
+            numbers: tuple[Tensor, Tensor] = self.engine(**batch)
+        return numbers
 
-    def _batch(self, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
-        return {
-            **collate([rollout.encoded for rollout in rollouts], self._pad),
-            "old_logp": torch.cat([rollout.old_logp for rollout in rollouts]),
-            "advantages": torch.cat([torch.full_like(rollout.old_logp, rollout.advantage) for rollout in rollouts]),
-        }
+    @torch.no_grad()
+    def _per_token(self, forward: Forward, rollouts: Sequence[Rollout]) -> list[tuple[Tensor, Tensor]]:
+        """Log-probability and entropy of each rollout's tokens, each [tokens], on the CPU."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        encoded = [rollout.encoded for rollout in rollouts]
+        for piece, batch in micro_batches(encoded, self.engine.settings, self._pad):
+            numbers = forward(**on_device(batch, self.engine.model), temperature=self.settings.temperature)
+            lengths = [rollouts[index].tokens for index in piece]
+            logp, entropy = (number.cpu().split(lengths) for number in numbers)
+            found.update(zip(piece, zip(logp, entropy, strict=True), strict=True))
+        return [found[index] for index in range(len(rollouts))]
 
     def _record(self, event: str, step: int, row: dict[str, Any]) -> None:
         check_finite(row, f"{self.policy}, step {step}")
         if rank() == 0:
             self.log.append([{"policy": self.policy, "stage": "rl", "event": event, "step": step, **row}])
 
-    def _rollout_metrics(self, groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
-        rollouts = [rollout for group in groups for rollout in group]
-        rewards = [rollout.verdict.score for rollout in rollouts]
-        count, reward, reward_sq, tokens, truncated, entropy = total_over_ranks(
-            [
-                float(len(rollouts)),
-                sum(rewards),
-                sum(reward**2 for reward in rewards),
-                float(sum(len(rollout.sample.token_ids) for rollout in rollouts)),
-                float(sum(rollout.sample.finish_reason == "length" for rollout in rollouts)),
-                sum(rollout.old_entropy for rollout in rollouts),
-            ]
-        )
-        mean = reward / count
-        return {
-            "reward_mean": mean,
-            "reward_std": max(reward_sq / count - mean**2, 0.0) ** 0.5,
-            "response_tokens": tokens / count,
-            "truncated_share": truncated / count,
-            "entropy": entropy / tokens,
-        }
 
-    def _save_rollouts(self, groups: Sequence[Sequence[Rollout]], step: int) -> None:
-        self.rollout_log.append(
-            {
-                "step": step + 1,
-                "item": rollout.encoded.id,
-                "sample": number,
-                "completion": completion_text(self.tokenizer, rollout.sample),
-                "tokens": len(rollout.sample.token_ids),
-                "finish_reason": rollout.sample.finish_reason,
-                "extracted": rollout.verdict.extracted,
-                "status": rollout.verdict.status,
-                "score": rollout.verdict.score,
-                "advantage": rollout.advantage,
-            }
-            for group in groups
-            for number, rollout in enumerate(group)
-        )
+def frozen_copy(model: PreTrainedModel, settings: RL) -> PolicyModule:
+    """The policy as it is now, to measure a KL divergence from: a second model in memory, in the model's own dtype."""
+    return PolicyModule(copy.deepcopy(model).requires_grad_(False).eval().to(device()), settings)
 
 
-def no_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The batch with nothing to learn from: what a rank runs while others still have work."""
-    empty = batch["old_logp"][:0]
-    return {**batch, "labels": torch.full_like(batch["labels"], IGNORED), "old_logp": empty, "advantages": empty}
+def token_inputs(scored: Sequence[Scored], sequences: float, tokens: float, settings: RL) -> dict[str, Tensor]:
+    """The fields of TokenInputs for some rollouts of an update that has so many sequences and tokens in all.
+
+    Raises UserError where `importance_cap` needs log-probabilities that the generator did not give.
+    """
+    lengths = torch.tensor([each.rollout.tokens for each in scored], dtype=torch.int64)
+    norm_length = settings.norm_length or settings.max_tokens
+    weights = [
+        token_weight(settings.aggregation, length, tokens=tokens, sequences=sequences, norm_length=norm_length)
+        for length in lengths.tolist()
+    ]
+
+    def spread(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype).repeat_interleave(lengths)
+
+    def joined(parts: Iterable[Tensor]) -> Tensor:
+        return torch.cat([torch.zeros(0), *parts])
+
+    inputs = {
+        "old_logp": joined(each.old_logp for each in scored),
+        "advantages": spread([each.rollout.advantage for each in scored]),
+        "weights": spread(weights),
+        "demonstration": spread([each.rollout.source == "demonstration" for each in scored], torch.bool),
+    }
+    if settings.kl_coef:
+        inputs["ref_logp"] = joined(each.ref_logp for each in scored if each.ref_logp is not None)
+    if settings.importance_cap:
+        generator_logp = [each.generator_logp for each in scored]
+        known = [logp for logp in generator_logp if logp is not None]
+        if len(known) < len(scored):
+            raise UserError("rl.importance_cap: this generation engine gives no log-probabilities; set it to 0")
+        inputs["importance"] = truncated_importance(inputs["old_logp"], joined(known), settings.importance_cap)
+    return inputs
+
+
+def policy_metrics(scored: Sequence[Scored]) -> dict[str, float]:
+    """Of the tokens drawn from the policy and learnt from: the old policy's mean entropy (nats), and how far the
+    generator's log-probabilities are from the trainer's, in the mean (nats; where the generator gives them)."""
+    drawn = [each for each in scored if each.rollout.source == "policy"]
+    compared = [(each.old_logp, each.generator_logp) for each in drawn]
+    gaps = [(old_logp - logp).abs().double() for old_logp, logp in compared if logp is not None]
+    tokens, entropy, known, gap = total_over_ranks(
+        [
+            float(sum(each.rollout.tokens for each in drawn)),
+            sum(each.old_entropy for each in drawn),
+            float(sum(map(len, gaps))),
+            float(sum(part.sum() for part in gaps)),
+        ]
+    )
+    row = {"entropy": entropy / tokens}
+    return {**row, "generator_gap": gap / known} if known else row

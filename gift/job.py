@@ -266,7 +266,6 @@ class Job:
             encoded,
             demand_of(recipe),
             key=cache_key(
-                base,
                 load_tokenizer(base),
                 encoded,
                 weights_sha256=self.run.node("base")["weights_sha256"],

@@ -1,0 +1,47 @@
+"""A run's recipe: typed, strict, made of YAML files and `key=value` overrides."""
+
+from gift.recipe.files import RECIPES, find_recipe, load_recipe, recipes
+from gift.recipe.rules import check
+from gift.recipe.schema import (
+    RL,
+    Base,
+    Data,
+    Drift,
+    Engine,
+    Eval,
+    Init,
+    LoRA,
+    Luffy,
+    Method,
+    Optimizer,
+    Pretrain,
+    Recipe,
+    Reference,
+    Relift,
+)
+from gift.recipe.strict import as_tree, build
+
+__all__ = [
+    "RECIPES",
+    "RL",
+    "Base",
+    "Data",
+    "Drift",
+    "Engine",
+    "Eval",
+    "Init",
+    "LoRA",
+    "Luffy",
+    "Method",
+    "Optimizer",
+    "Pretrain",
+    "Recipe",
+    "Reference",
+    "Relift",
+    "as_tree",
+    "build",
+    "check",
+    "find_recipe",
+    "load_recipe",
+    "recipes",
+]
