@@ -34,10 +34,10 @@ from gift.batches import epoch_order
 from gift.cli import UserError, progress
 from gift.data import Example
 from gift.distributed import rank, total_over_ranks
-from gift.engine import TrainingEngine, check_finite, learning_rate
+from gift.engine import FrozenEngine, TrainingEngine, check_finite, learning_rate
 from gift.generation.hf import HFEngine
 from gift.lora import adapted_layers, adapters_disabled
-from gift.models import device, on_device
+from gift.models import on_device
 from gift.policy import token_weight, truncated_importance
 from gift.policy_module import PolicyModule, micro_batches
 from gift.recipe import RL, Engine
@@ -92,9 +92,13 @@ class GRPOTrainer:
         self.resume_dir = resume_dir
         self.log = log
         self.rollout_log = rollout_log
-        frozen = frozen_copy(model, settings) if settings.kl_coef and not adapted_layers(model) else None
+        self.frozen: FrozenEngine | None = None
+        if settings.kl_coef and not adapted_layers(model):
+            self.frozen = FrozenEngine(copy.deepcopy(model), engine_settings)
         self.engine = TrainingEngine(PolicyModule(model, settings), model, engine_settings, settings.optimizer)
-        self.reference: Forward | None = frozen or (self._without_adapters if settings.kl_coef else None)
+        self.reference: Forward | None = None
+        if settings.kl_coef:
+            self.reference = PolicyModule(self.frozen.model, settings) if self.frozen else self._without_adapters
         self.sampler = Sampler(policy, tokenizer, self.engine, HFEngine(model), settings, seed)
         self.failed = FailedPrompts(settings.relift.buffer)
 
@@ -134,6 +138,8 @@ class GRPOTrainer:
         bar.close()
         checkpoint(self.engine, total)
         self.engine.close()
+        if self.frozen is not None:
+            self.frozen.close()
 
     def train_step(
         self, batch: Sequence[Example], problems: Sequence[Example], step: int, total: int
@@ -240,11 +246,6 @@ class GRPOTrainer:
         check_finite(row, f"{self.policy}, step {step}")
         if rank() == 0:
             self.log.append([{"policy": self.policy, "stage": "rl", "event": event, "step": step, **row}])
-
-
-def frozen_copy(model: PreTrainedModel, settings: RL) -> PolicyModule:
-    """The policy as it is now, to measure a KL divergence from: a second model in memory, in the model's own dtype."""
-    return PolicyModule(copy.deepcopy(model).requires_grad_(False).eval().to(device()), settings)
 
 
 def token_inputs(scored: Sequence[Scored], sequences: float, tokens: float, settings: RL) -> dict[str, Tensor]:

@@ -6,8 +6,12 @@ This is the only module of `gift` that knows the other packages.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,16 +23,16 @@ from gift.batches import Encoded, check_packing
 from gift.cli import UserError
 from gift.data import Example, fingerprint, read_examples, write_examples
 from gift.distributed import barrier, rank
-from gift.engine import TrainingEngine
+from gift.engine import FrozenEngine, TrainingEngine
 from gift.grpo import GRPOTrainer
 from gift.lora import add_adapters
 from gift.materials import base_folder, subsets_of, tokens_of, with_template
 from gift.models import device, load_model, load_tokenizer
-from gift.objectives import OBJECTIVES, label_weight, resolve, warnings_for
+from gift.objectives import OBJECTIVES, label_weight, needs_reference, resolve, warnings_for
 from gift.recipe import Recipe
 from gift.records import JsonlLog, RunDir, remove, sha256_weights, utc_now
 from gift.reference import CachedReference, OnlineReference
-from gift.reference.cache import cache_key, demand_of, scored_subsets
+from gift.reference.cache import cache_key, demands_of, scored_subsets
 from gift.reference.scoring import cache_home, obtain
 from gift.sft import Loss, Stage, Trainer
 from gift.steps import Step, Steps, announce
@@ -110,10 +114,11 @@ class Job:
 
     def reference(self) -> None:
         """Scores the training data with the base, once for all methods that need it."""
-        cache = self._cached_reference
-        found = {"mode": "online"} if cache is None else {"mode": "cached", "cache": str(cache.folder)}
-        if cache is not None:
-            announce("\n".join(f"  {line}" for line in cache.info.summary().splitlines()))
+        found = {}
+        for objective, cache in self._cached_references.items():
+            found[objective] = None if cache is None else {"cache": str(cache.folder), **asdict(cache.info)}
+            if cache is not None:
+                announce("\n".join(f"  {line}" for line in f"{objective}: {cache.info.summary()}".splitlines()))
         self.run.update(reference=found)
 
     def init(self, name: str) -> None:
@@ -126,17 +131,14 @@ class Job:
         for warning in warnings_for(method.objective, method.options, updates_per_batch=settings.updates_per_batch):
             announce(f"  {name}: {warning}")
         model, tokenizer = self._start("base")
-        reference: OnlineReference | CachedReference | None = None
-        if objective.needs_reference:
-            reference = self._cached_reference if self._caches_reference() else None
-            reference = reference or self._online_reference(model)
-        loss = Loss(
-            resolve(method.objective, method.options),
-            reference,
-            objective.needs_old_policy,
-            partial(label_weight, **method.options) if method.objective == "gift" else None,
-        )
-        with self._metrics() as log:
+        options: dict[str, Any] = dict(method.options)
+        with self._reference(method.objective, model) as reference, self._metrics() as log:
+            loss = Loss(
+                resolve(method.objective, options),
+                reference,
+                objective.needs_old_policy,
+                partial(label_weight, **options) if method.objective == "gift" else None,
+            )
             trainer = Trainer(
                 Stage(name, "init", self._encoded(name), self._tokens("validation"), recipe.seed),
                 model,
@@ -239,45 +241,59 @@ class Job:
             add_adapters(model, recipe.lora, seed=recipe.seed)
         return model, load_tokenizer(checkpoint)
 
-    def _online_reference(self, model: PreTrainedModel) -> OnlineReference:
-        """The base beside the policy: a second model, or the policy itself without its adapters."""
-        if self.recipe.lora is not None:
-            return OnlineReference(model, adapted=True)
-        return OnlineReference(load_model(self.run.checkpoint("base"), dtype=self.recipe.engine.dtype).to(device()))
+    @contextmanager
+    def _reference(self, objective: str, model: PreTrainedModel) -> Iterator[OnlineReference | CachedReference | None]:
+        """What an objective needs of the base: nothing, its scores, the policy without adapters, or a second model."""
+        cached = self._cached_references[objective] if self._caches_reference() and needs_reference(objective) else None
+        if cached is not None or not needs_reference(objective):
+            yield cached
+        elif self.recipe.lora is not None:
+            yield OnlineReference(model, adapted=True)
+        else:
+            engine = self.recipe.engine
+            frozen = FrozenEngine(load_model(self.run.checkpoint("base"), dtype=engine.dtype), engine)
+            try:
+                yield OnlineReference(frozen.model)
+            finally:
+                frozen.close()
 
     def _is_online(self, method: str) -> bool:
         objective = self.recipe.methods[method].objective
-        return objective is not None and OBJECTIVES[objective].needs_reference and not self._caches_reference()
+        return objective is not None and needs_reference(objective) and not self._caches_reference()
 
     def _caches_reference(self) -> bool:
-        objectives = [method.objective for method in self.recipe.methods.values()]
-        needed = any(objective is not None and OBJECTIVES[objective].needs_reference for objective in objectives)
-        return needed and self.recipe.reference.mode == "cached"
+        return self.recipe.reference.mode == "cached" and bool(demands_of(self.recipe))
 
     @functools.cached_property
-    def _cached_reference(self) -> CachedReference | None:
-        """The cache of what stage 1 trains on, scored now if there is none; None where its budget does not suffice."""
+    def _cached_references(self) -> dict[str, CachedReference | None]:
+        """By objective the cache of what stage 1 trains on, scored now if there is none.
+
+        None where its budget does not suffice.
+        """
         recipe, base = self.recipe, self.run.checkpoint("base")
         names = scored_subsets(recipe)
         encoded = [example for name in names for example in self._tokens(name)]
-        examples = [example for name in names for example in self._examples(name)]
-        return obtain(
-            lambda: load_model(base, dtype=recipe.engine.dtype).to(device()),
+        key = cache_key(
+            load_tokenizer(base),
             encoded,
-            demand_of(recipe),
-            key=cache_key(
-                load_tokenizer(base),
-                encoded,
-                weights_sha256=self.run.node("base")["weights_sha256"],
-                data_sha256=fingerprint(examples),
-                dtype=recipe.engine.dtype,
-                template=recipe.data.template,
-                max_length=recipe.data.max_length,
-            ),
-            budget_bytes=recipe.reference.budget_gb * 1e9,
-            micro_tokens=recipe.engine.micro_tokens,
-            root=cache_home(),
+            weights_sha256=self.run.node("base")["weights_sha256"],
+            data_sha256=fingerprint([example for name in names for example in self._examples(name)]),
+            dtype=recipe.engine.dtype,
+            template=recipe.data.template,
+            max_length=recipe.data.max_length,
         )
+        return {
+            objective: obtain(
+                lambda: load_model(base, dtype=recipe.engine.dtype).to(device()),
+                encoded,
+                demand,
+                key=key,
+                budget_bytes=recipe.reference.budget_gb * 1e9,
+                micro_tokens=recipe.engine.micro_tokens,
+                root=cache_home(),
+            )
+            for objective, demand in demands_of(recipe).items()
+        }
 
     def _finish(
         self,

@@ -36,7 +36,7 @@ FLOAT32 = 4
 PROCESS_BYTES = 470 * MIB
 ZERO_BYTES = 45 * MIB
 # glibc keeps much of what is freed in pieces below 32 MiB: activations, and the gradients of single parameters that
-# ZeRO 1 and 2 hold twice for a moment. Measured: 0.4 to 0.7 of their size.
+# ZeRO holds twice for a moment. Measured: 0.4 to 0.7 of their size.
 KEPT_BY_MALLOC = 0.6
 REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default
 SUB_GROUP = 1_000_000_000  # elements that ZeRO 3 steps on at a time; DeepSpeed's default
@@ -219,7 +219,7 @@ def state_parts(
         # A GPU's bucket is allocated whole as the backward pass begins; pages of the host's that are not used are not.
         bucket = precise * (REDUCE_BUCKET if on_gpu else min(trained, REDUCE_BUCKET))
         parts.append(Part("reduce bucket", bucket, ("backward", "reduce") if on_gpu else ("reduce",)))
-        parts.append(Part("reduced gradients", precise * own if stage < 3 else 0, ("reduce",)))
+        parts.append(Part("reduced gradients", precise * own, ("reduce",)))
     if stage == 3:
         parts.append(Part("gathered layers", gathered_bytes(shape, engine), ("forward", "backward")))
     return parts
@@ -263,11 +263,11 @@ def layer_bytes(shape: Shape, engine: Engine, micro_batch: MicroBatch) -> float:
     """What a decoder layer keeps for its backward pass, of one micro-batch.
 
     Per token, in elements: input, normalised input and output of both norms, 6 H; queries, keys, values (repeated for
-    every query head) and output of attention, 4 A; gate, its activation, up and their product, 4 I. In bf16 the
-    norms keep an fp32 copy instead of one of their three. The attention mask is dense: length x length of every row.
+    every query head) and output of attention, 4 A; gate, its activation, up and their product, 4 I. The
+    norms keep their input in fp32, whatever the rest is in. The attention mask is dense: length x length of every row.
     """
     element = width(engine)
-    norms = 6 * element * shape.hidden + (0 if element == FLOAT32 else 2 * FLOAT32 * shape.hidden)
+    norms = 2 * (FLOAT32 + 2 * element) * shape.hidden
     rest = 4 * element * (shape.attention + shape.intermediate)
     mask = element * micro_batch.rows * micro_batch.length**2
     return micro_batch.tokens * (norms + rest) + mask

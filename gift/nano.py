@@ -8,11 +8,8 @@ but seldom does. That leaves initialization something to teach and RL something 
 from __future__ import annotations
 
 import ast
-import fcntl
-import os
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +18,9 @@ import reasoning_gym
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from gift.caches import cache_root, only_one
 from gift.data import Example, encode, normalize
-from gift.engine import barrier, init_distributed, rank
+from gift.distributed import barrier, init_distributed, rank
 from gift.generation import sample_seed
 from gift.provenance import package_versions
 from gift.recipe import Engine, Init, Pretrain
@@ -229,11 +227,6 @@ def train_tokenizer(texts: Sequence[str], vocab: int) -> PreTrainedTokenizerBase
     return tokenizer
 
 
-def cache_root() -> Path:
-    """Where bases are kept: GIFT_CACHE, or ~/.cache/gift."""
-    return Path(os.environ.get("GIFT_CACHE") or Path.home() / ".cache" / "gift")
-
-
 def base_key(settings: Pretrain, engine: Engine) -> dict[str, Any]:
     """What the base depends on; its hash names it in the cache."""
     versions = package_versions()
@@ -312,17 +305,3 @@ def pretrain(settings: Pretrain, engine: Engine, home: Path, checkpoint: Path) -
     if rank() == 0:
         remove(home / "resume")
     barrier()
-
-
-@contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Holds `folder` for this job: a second job that wants the same base waits and then finds it made."""
-    if rank() != 0:
-        barrier()
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        barrier()
-        yield

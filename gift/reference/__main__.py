@@ -9,6 +9,7 @@ machine, with a smaller beta than the recipe's (one cache then serves a whole sw
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,40 +21,44 @@ from gift.materials import base_folder, subsets_of, tokens_of
 from gift.models import device, load_model, load_tokenizer
 from gift.recipe import Recipe, load_recipe
 from gift.records import sha256_weights
-from gift.reference.cache import Demand, cache_key, demand_of, scored_subsets
+from gift.reference.cache import Demand, cache_key, demands_of, scored_subsets
 from gift.reference.scoring import cache_home, score
 from gift.steps import announce
 from gift.templates import apply_template
 
 
-def score_recipe(recipe: Recipe, demand: Demand, root: Path) -> bool:
-    """Scores what stage 1 of the recipe trains on; whether the budget sufficed."""
+def score_recipe(recipe: Recipe, demands: Mapping[str, Demand], root: Path) -> bool:
+    """Scores what stage 1 of the recipe trains on, once for each objective; whether the budget sufficed for all."""
     base = base_folder(recipe)
     tokenizer = load_tokenizer(base)
     if recipe.data.template is not None:
         apply_template(tokenizer, recipe.data.template)
     names, (subsets, _) = scored_subsets(recipe), subsets_of(recipe)
     encoded = [one for name in names for one in tokens_of(name, subsets[name], tokenizer, recipe.data.max_length)]
-    cache = score(
-        lambda: load_model(base, dtype=recipe.engine.dtype).to(device()),
+    key = cache_key(
+        tokenizer,
         encoded,
-        demand,
-        key=cache_key(
-            tokenizer,
-            encoded,
-            weights_sha256=sha256_weights(base),
-            data_sha256=fingerprint([example for name in names for example in subsets[name]]),
-            dtype=recipe.engine.dtype,
-            template=recipe.data.template,
-            max_length=recipe.data.max_length,
-        ),
-        budget_bytes=recipe.reference.budget_gb * 1e9,
-        micro_tokens=recipe.engine.micro_tokens,
-        root=root,
+        weights_sha256=sha256_weights(base),
+        data_sha256=fingerprint([example for name in names for example in subsets[name]]),
+        dtype=recipe.engine.dtype,
+        template=recipe.data.template,
+        max_length=recipe.data.max_length,
     )
-    if cache is not None:
-        announce(f"\n{cache.info.summary()}\ncache: {cache.folder}")
-    return cache is not None
+    complete = True
+    for objective, demand in demands.items():
+        cache = score(
+            lambda: load_model(base, dtype=recipe.engine.dtype).to(device()),
+            encoded,
+            demand,
+            key=key,
+            budget_bytes=recipe.reference.budget_gb * 1e9,
+            micro_tokens=recipe.engine.micro_tokens,
+            root=root,
+        )
+        complete = complete and cache is not None
+        if cache is not None:
+            announce(f"\n{objective}: {cache.info.summary()}\ncache: {cache.folder}")
+    return complete
 
 
 def positive_number(text: str) -> float:
@@ -94,14 +99,14 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    demand = demand_of(recipe, beta=arguments.beta, tolerance=arguments.tolerance)
-    if not demand.objectives:
+    demands = demands_of(recipe, beta=arguments.beta, tolerance=arguments.tolerance)
+    if not demands:
         raise UserError(f"{arguments.recipe}: none of its methods needs the base model; give --beta to score for GIFT")
     quiet_libraries()
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
     init_distributed()
-    return 0 if score_recipe(recipe, demand, arguments.out or cache_home()) else 1
+    return 0 if score_recipe(recipe, demands, arguments.out or cache_home()) else 1
 
 
 if __name__ == "__main__":

@@ -125,20 +125,21 @@ class Demand:
         return {"objectives": sorted(objectives, key=sha256_json), "tolerance": self.tolerance}
 
 
-def demand_of(recipe: Recipe, *, beta: float | None = None, tolerance: float | None = None) -> Demand:
+def demands_of(recipe: Recipe, *, beta: float | None = None, tolerance: float | None = None) -> dict[str, Demand]:
     """What the methods of a recipe that need the base model ask for, and GIFT at `beta`, if that is given.
 
-    `tolerance` replaces the recipe's. Raises UserError for a beta that is not a number >= 0.
+    One demand, hence one cache, per objective: KD and ASFT need p for nearly every token, GIFT for few. `tolerance`
+    replaces the recipe's. Raises UserError for a beta that is not a number >= 0.
     """
-    objectives = [
-        (method.objective, method.options)
-        for method in recipe.methods.values()
-        if method.objective is not None and needs_reference(method.objective)
-    ]
+    wanted: dict[str, list[tuple[str, Mapping[str, float | str]]]] = {}
+    for method in recipe.methods.values():
+        if method.objective is not None and needs_reference(method.objective):
+            wanted.setdefault(method.objective, []).append((method.objective, method.options))
     if beta is not None:
         OBJECTIVES["gift"].check({"beta": beta})
-        objectives.append(("gift", {"beta": beta}))
-    return Demand(tuple(objectives), recipe.reference.tolerance if tolerance is None else tolerance)
+        wanted.setdefault("gift", []).append(("gift", {"beta": beta}))
+    exactness = recipe.reference.tolerance if tolerance is None else tolerance
+    return {objective: Demand(tuple(settings), exactness) for objective, settings in wanted.items()}
 
 
 def scored_subsets(recipe: Recipe) -> tuple[str, ...]:

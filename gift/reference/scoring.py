@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gift.batches import IGNORED, Encoded, by_length, collate, epoch_order
+from gift.caches import cache_root, only_one
 from gift.cli import UserError, progress
 from gift.distributed import barrier, rank, total_over_ranks, world_size
 from gift.models import lm_head, logit_map, on_device
-from gift.nano import cache_root, only_one
 from gift.records import atomic_path, remove, sha256_file, utc_now, write_json
 from gift.reference.cache import (
     META,

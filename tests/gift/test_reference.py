@@ -30,7 +30,7 @@ from gift.recipe import LoRA, load_recipe
 from gift.records import read_json, write_json
 from gift.reference import CachedReference, Demand, OnlineReference, scoring
 from gift.reference.__main__ import main
-from gift.reference.cache import META, cache_folder, cache_key, demand_of, find_cache, scored_subsets
+from gift.reference.cache import META, cache_folder, cache_key, demands_of, find_cache, scored_subsets
 from gift.reference.scoring import obtain, plan, score
 from gift.reference.truncation import truncate
 from gift.vocab import DenseReference, SparseReference, vocab_loss
@@ -544,33 +544,37 @@ def recipe_file(tiny_checkpoint, tmp_path) -> Path:
 
 def test_a_recipe_asks_for_what_its_methods_need(recipe_file):
     recipe = load_recipe(str(recipe_file))
-    assert demand_of(recipe) == Demand((("gift", {"beta": 4.0}), ("kd", {"alpha": 0.1})), 1e-3)
-    assert demand_of(recipe, beta=1.0, tolerance=0.1).objectives[-1] == ("gift", {"beta": 1.0})
+    gift, kd = ("gift", {"beta": 4.0}), ("kd", {"alpha": 0.1})
+    assert demands_of(recipe) == {"gift": Demand((gift,), 1e-3), "kd": Demand((kd,), 1e-3)}
+    assert demands_of(recipe, beta=1.0, tolerance=0.1)["gift"] == Demand((gift, ("gift", {"beta": 1.0})), 0.1)
     assert scored_subsets(recipe) == ("sft",)
     assert scored_subsets(load_recipe(str(recipe_file), ["methods.sft.data=joint"])) == ("sft",)
     assert scored_subsets(load_recipe(str(recipe_file), ["methods.gift.data=joint"])) == ("sft", "rl")
     with pytest.raises(UserError, match="beta"):
-        demand_of(recipe, beta=-1.0)
+        demands_of(recipe, beta=-1.0)
 
 
 def test_the_command_scores_a_recipe(recipe_file, tmp_path, capsys):
     command = ["score", str(recipe_file), "--tolerance", "0.01", "--beta", "1", "--out", str(tmp_path / "caches")]
     assert main(command) == 0
-    (folder,) = (tmp_path / "caches").iterdir()
-    cache = CachedReference(folder)
-    printed = capsys.readouterr().out
-    assert str(folder) in printed
-    assert f"{cache.info.tokens:,}" in printed
-    assert f"at most {cache.info.max_error:.3g}" in printed
-    assert 0 < cache.info.max_error <= 0.01 * (1 + 1e-5)
-    recipe = load_recipe(str(recipe_file))
-    assert cache.serves(demand_of(recipe, beta=1.0, tolerance=0.01))
-    assert not cache.serves(demand_of(recipe, beta=1.0, tolerance=0.009))
-    assert sum(len(shard["examples"]) for shard in read_json(folder / META)["shards"]) == 20
+    folders = sorted((tmp_path / "caches").iterdir())
+    assert len(folders) == 2  # for GIFT and for KD
+    printed, recipe = capsys.readouterr().out, load_recipe(str(recipe_file))
+    exact, sharper = (demands_of(recipe, beta=1.0, tolerance=tolerance) for tolerance in (0.01, 0.009))
+    for folder in folders:
+        cache = CachedReference(folder)
+        assert str(folder) in printed
+        assert f"{cache.info.tokens:,}" in printed
+        assert f"at most {cache.info.max_error:.3g}" in printed
+        assert 0 < cache.info.max_error <= 0.01 * (1 + 1e-5)
+        assert sum(len(shard["examples"]) for shard in read_json(folder / META)["shards"]) == 20
+    for objective in exact:
+        assert sum(CachedReference(folder).serves(exact[objective]) for folder in folders) >= 1
+        assert not all(CachedReference(folder).serves(sharper[objective]) for folder in folders)
 
     assert main([*command, "reference.budget_gb=1e-6", "--tolerance", "0.001"]) == 1
     assert "the online reference is used" in capsys.readouterr().out
-    assert list((tmp_path / "caches").iterdir()) == [folder]
+    assert sorted((tmp_path / "caches").iterdir()) == folders
 
 
 def test_the_command_says_what_is_wrong(recipe_file, tmp_path):
