@@ -11,8 +11,9 @@ of a phase. In bytes, with P parameters of b bytes, of which T are trained, on R
     head         the LM head's gradient in fp32, 4 V H, and the tiles of logits of `gift.vocab`
 
 The formulas are those of a Llama-like decoder with sdpa attention, and of DeepSpeed 0.19; the numbers marked as
-measured are of this version. Not counted: an allocator's fragmentation on a GPU, its CUDA context (about 0.5 GB), and
-what a vLLM engine reserves. The prediction is for the longest examples there may be; short ones take less.
+measured are of this version, on a CPU; the formulas for a GPU have not been measured. Not counted: on a GPU, the CUDA
+context (about 0.5 GB) and fragmentation; in RL, the keys and values of sampling and what a vLLM engine reserves. The
+prediction is for the longest examples there may be and several micro-batches to a step; less than that takes less.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ FLOAT32 = 4
 PROCESS_BYTES = 470 * MIB
 ZERO_BYTES = 45 * MIB
 # glibc keeps much of what is freed in pieces below 32 MiB: activations, and the gradients of single parameters that
-# ZeRO holds twice for a moment. Measured: 0.4 to 0.7 of their size.
+# ZeRO holds twice for a moment. Measured: 0.5 to 0.8 of their size.
 KEPT_BY_MALLOC = 0.6
 REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default
 SUB_GROUP = 1_000_000_000  # elements that ZeRO 3 steps on at a time; DeepSpeed's default

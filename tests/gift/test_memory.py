@@ -67,9 +67,7 @@ def predicted(config: Qwen2Config, engine: Engine, sequences: int, length: int) 
     micro_batch = MicroBatch.largest(engine, sequences=sequences, max_length=length)
     assert sequences * length >= 2 * micro_batch.tokens  # gradients of one pass are there during the next
     tokens = 2 * sequences * length
-    found = predict(Shape.of(config), engine, micro_batch, ranks=1, on_gpu=False, encoded_tokens=tokens).peak
-    print(f"predicted {found / 2**20:.0f} MiB")
-    return found
+    return predict(Shape.of(config), engine, micro_batch, ranks=1, on_gpu=False, encoded_tokens=tokens).peak
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2])

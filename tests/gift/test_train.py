@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from gift import train
+from gift import steps, train
 from gift.cli import UserError
+from gift.job import Job
 from gift.recipe import load_recipe
 from gift.records import RunDir, read_json, read_jsonl, read_table
 
@@ -25,9 +26,11 @@ base:
   pretrain: {documents: 960, hidden: 16, layers: 1, heads: 2, vocab: 320}
 data: {source: nano, sft: 32, rl: 16, validation: 8, max_length: 256}
 engine: {zero_stage: 0, dtype: float32}
+reference: {mode: cached}
 methods:
   sft: {objective: sft, label: SFT}
   gift: {objective: gift, label: GIFT, options: {beta: 4.0}}
+  relift: {label: ReLIFT, data: joint, rl: {algorithm: relift, clip: false, relift: {buffer: 4, optimizer: {lr: 1e-3}}}}
 init: {epochs: 2, batch_size: 8, optimizer: {lr: 1e-3}, save_every: 3}
 rl:
   {batch_size: 4, group_size: 4, max_tokens: 24, optimizer: {lr: 1e-3}, validate_every: 2, validation_items: 4,
@@ -37,7 +40,7 @@ drift: {batch_size: 4}
 """
 
 
-class Job:
+class Command:
     """`python -m gift.train` in a folder of its own."""
 
     def __init__(self, folder: Path) -> None:
@@ -107,8 +110,8 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Job:
-    job = Job(tmp_path_factory.mktemp("whole"))
+def finished(tmp_path_factory) -> Command:
+    job = Command(tmp_path_factory.mktemp("whole"))
     code, out, err = job.finish()
     assert code == 0, err
     job.output = out
@@ -116,7 +119,7 @@ def finished(tmp_path_factory) -> Job:
 
 
 @pytest.mark.slow
-def test_from_nothing_to_a_report(finished: Job):
+def test_from_nothing_to_a_report(finished: Command):
     manifest = read_json(finished.run / "manifest.json")
     assert manifest["status"] == "complete"
     assert [(node["id"], node["parent"]) for node in manifest["lineage"]] == [
@@ -125,17 +128,20 @@ def test_from_nothing_to_a_report(finished: Job):
         ("gift", "base"),
         ("sft-rl", "sft"),
         ("gift-rl", "gift"),
+        ("relift-rl", "base"),
     ]
     assert (finished.run / "report.html").stat().st_size > 10_000
     assert str(finished.run / "report.html") in finished.output
-    for policy in ("Base", "SFT", "GIFT", "SFT + RL", "GIFT + RL"):
+    for policy in ("Base", "SFT", "GIFT", "SFT + RL", "GIFT + RL", "ReLIFT"):
         assert policy in finished.output
+    assert len({node["weights_sha256"] for node in manifest["lineage"]}) >= 4, "training changed nothing"
+    assert manifest["reference"]["gift"]["max_error"] <= 1.001e-3
     assert not list(finished.run.rglob("*.tmp")), "half-written files were left behind"
     assert not list(finished.run.rglob("*resume*")), "the state to resume from is no longer needed"
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_not_done_again(finished: Job):
+def test_a_finished_run_is_not_done_again(finished: Command):
     before = finished.numbers()
     code, out, _ = finished.finish()
     assert code == 0
@@ -144,8 +150,8 @@ def test_a_finished_run_is_not_done_again(finished: Job):
 
 
 @pytest.mark.slow
-def test_killed_at_every_stage_it_ends_with_the_same_numbers(finished: Job, tmp_path: Path):
-    job = Job(tmp_path)
+def test_killed_at_every_stage_it_ends_with_the_same_numbers(finished: Command, tmp_path: Path):
+    job = Command(tmp_path)
 
     def lines(pattern: str, count: int):
         return lambda: sum(file.read_bytes().count(b"\n") for file in job.folder.glob(pattern)) >= count
@@ -160,6 +166,7 @@ def test_killed_at_every_stage_it_ends_with_the_same_numbers(finished: Job, tmp_
         (running("init gift"), signal.SIGKILL),
         (lines("runs/tiny/rollouts/sft-rl/*.jsonl", 16), signal.SIGKILL),
         (lines("runs/tiny/rollouts/gift-rl/*.jsonl", 40), signal.SIGKILL),
+        (lines("runs/tiny/rollouts/relift-rl/*.jsonl", 80), signal.SIGKILL),
         (lines("runs/tiny/samples/gift/chain.jsonl", 1), signal.SIGKILL),
         (running("drift"), signal.SIGKILL),
         (running("report"), signal.SIGKILL),
@@ -174,8 +181,8 @@ def test_killed_at_every_stage_it_ends_with_the_same_numbers(finished: Job, tmp_
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_line_and_loses_nothing(finished: Job, tmp_path: Path):
-    job = Job(tmp_path)
+def test_a_full_disk_is_one_line_and_loses_nothing(finished: Command, tmp_path: Path):
+    job = Command(tmp_path)
     job.cache = finished.cache
     code, _, err = job.finish(file_limit=12_000)  # less than any checkpoint
     assert code == 2
@@ -188,26 +195,41 @@ def test_a_full_disk_is_one_line_and_loses_nothing(finished: Job, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [{"zero_stage": 0, "dtype": "float32"}, {"zero_stage": 2, "dtype": "bfloat16"}])
-def test_two_ranks_train_as_one_does(finished: Job, tmp_path: Path, engine: dict[str, object]):
-    job = Job(tmp_path)
+@pytest.mark.parametrize("engine", [{"zero_stage": 3, "dtype": "float32"}, {"zero_stage": 2, "dtype": "bfloat16"}])
+def test_two_ranks_train_as_one_does(finished: Command, tmp_path: Path, engine: dict[str, object]):
+    job = Command(tmp_path)
     job.recipe.write_text(TINY.replace("{zero_stage: 0, dtype: float32}", json.dumps(engine)))
-    if engine["dtype"] == "float32":
-        job.cache = finished.cache
     code, _, err = job.finish(ranks=2)
     assert code == 0, err
     tolerance = 1e-5 if engine["dtype"] == "float32" else 0.05
 
-    def losses(one: Job) -> list[float]:
+    def losses(one: Command) -> list[float]:
         rows = read_jsonl(one.run / "metrics.jsonl")
         return [row["nll"] for row in rows if row["stage"] == "init" and row["event"] == "train"]
 
     assert losses(job) == pytest.approx(losses(finished), rel=tolerance)
 
 
+@pytest.mark.slow
+def test_every_row_of_the_tables_runs_from_the_committed_recipe(tmp_path: Path):
+    job = Command(tmp_path)
+    job.recipe = Path("nano-all")
+    code, out, err = job.finish(
+        *("base.pretrain.documents=960", "base.pretrain.hidden=16", "base.pretrain.layers=1", "base.pretrain.heads=2"),
+        *("base.pretrain.vocab=320", "data.sft=32", "data.rl=32", "data.validation=8", "init.epochs=1", "eval.limit=2"),
+        *("rl.group_size=4", "rl.max_tokens=8", "rl.validation_items=2"),
+    )
+    assert code == 0, err
+    rows = load_recipe("nano-all").methods
+    lineage = read_json(tmp_path / "runs" / "nano-all" / "manifest.json")["lineage"]
+    assert len(rows) == 12
+    assert {node["method"] for node in lineage} == {None, *rows}
+    assert all(f"\n{method.label} " in out for method in rows.values())
+
+
 def bad(tmp_path: Path, recipe: str, *overrides: str) -> str:
     """What the job says of a recipe it cannot run: one line, exit code 2, no run left half-made."""
-    job = Job(tmp_path)
+    job = Command(tmp_path)
     job.recipe.write_text(recipe)
     code, _, err = job.finish(*overrides)
     assert code == 2, err
@@ -249,7 +271,7 @@ def test_missing_data_is_said_before_any_work(tmp_path: Path):
 
 
 def test_another_recipe_under_the_same_name_is_refused(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(train.Job, "execute", lambda self: True)
+    monkeypatch.setattr(steps.Steps, "execute", lambda self: True)
     monkeypatch.setattr(train, "summary_table", lambda path: "")
     assert train.main(["nano", "--runs", str(tmp_path)]) == 0
     with pytest.raises(UserError, match=r"differs in: seed\)"):
@@ -270,5 +292,5 @@ def test_malformed_data_names_file_and_row(tmp_path: Path, row: str, complaint: 
     recipe = load_recipe("nano", [f"data.source={rows}", "base.model=./somewhere"])
     run = RunDir.create(tmp_path / "run", kind="train", recipe={})
     with pytest.raises(UserError, match=complaint):
-        train.Job(recipe, run).data()
+        Job(recipe, run).data()
     assert not (run.path / "data").exists()
