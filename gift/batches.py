@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -27,6 +27,11 @@ class Encoded:
     ids: tuple[int, ...]
     prompt_length: int
     truncated: bool = False
+
+
+def response_tokens(examples: Iterable[Encoded]) -> int:
+    """How many tokens of some examples carry loss."""
+    return sum(len(example.ids) - example.prompt_length for example in examples)
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> list[int]:

@@ -36,6 +36,8 @@ def init_distributed() -> None:
     if "RANK" not in os.environ:  # nobody launched ranks: a store in this process needs neither port nor environment
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on this one
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.init_distributed(
         dist_backend=backend,
         auto_mpi_discovery=False,

@@ -98,19 +98,19 @@ class Job:
         self._add_node("base", "Base", None, "base", None, checkpoint)
 
     def data(self) -> None:
-        """Writes the three disjoint subsets into the run."""
-        subsets, revision = subsets_of(self.recipe)
+        """Writes the three disjoint subsets into the run, on the first rank: the others read them from there."""
         if rank() == 0:
+            subsets, revision = subsets_of(self.recipe)
             for name, subset in subsets.items():
                 write_examples(self._subset_file(name), subset)
+            source = self.recipe.data.source
+            self.run.update(
+                data={
+                    name: {"name": source, "revision": revision, "sha256": fingerprint(subset), "rows": len(subset)}
+                    for name, subset in subsets.items()
+                }
+            )
         barrier()
-        source = self.recipe.data.source
-        self.run.update(
-            data={
-                name: {"name": source, "revision": revision, "sha256": fingerprint(subset), "rows": len(subset)}
-                for name, subset in subsets.items()
-            }
-        )
 
     def reference(self) -> None:
         """Scores the training data with the base, once for all methods that need it."""

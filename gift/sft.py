@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gift.batches import IGNORED, Encoded, collate, epoch_order, pieces
+from gift.batches import IGNORED, Encoded, collate, epoch_order, pieces, response_tokens
 from gift.cli import progress
 from gift.engine import TrainingEngine, check_finite, learning_rate, lockstep, rank, share_of_rank, total_over_ranks
 from gift.models import lm_head, logit_map, on_device, states_at
@@ -248,11 +248,6 @@ class Trainer:
 def nll(stats: VocabStats) -> Tensor:
     """What is reported of every objective: -log pi(y)."""
     return -stats.logp
-
-
-def response_tokens(batch: Sequence[Encoded]) -> int:
-    """How many tokens of a batch carry loss."""
-    return sum(len(example.ids) - example.prompt_length for example in batch)
 
 
 def without_labels(micro_batch: dict[str, Any]) -> dict[str, Any]:

@@ -116,6 +116,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved recipe, its steps and the memory needed; do nothing"
     )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # what DeepSpeed's launcher adds
     arguments = parser.parse_intermixed_args(argv)
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gift.batches import IGNORED, Encoded, by_length, collate, epoch_order
+from gift.batches import IGNORED, Encoded, by_length, collate, epoch_order, response_tokens
 from gift.caches import cache_root, only_one
 from gift.cli import UserError, progress
 from gift.distributed import barrier, rank, total_over_ranks, world_size
@@ -37,10 +37,10 @@ from gift.reference.cache import (
     target_errors,
 )
 from gift.reference.online import OnlineReference
-from gift.reference.truncation import truncate
 from gift.states import disk_errors
 from gift.steps import announce
 from gift.vocab import DenseReference
+from gift.vocab.truncation import truncate
 
 SHARD_TOKENS = 2**15
 MARGIN = 1.25  # an estimated size beyond this many times the budget ends the scoring
@@ -228,11 +228,6 @@ def is_finished(file: Path, examples: Sequence[Encoded]) -> bool:
     with contextlib.suppress(UserError):
         return torch.equal(read_shard(file)["token_starts"], starts([response_tokens([one]) for one in examples]))
     return False
-
-
-def response_tokens(examples: Iterable[Encoded]) -> int:
-    """How many tokens of the examples are scored."""
-    return sum(len(example.ids) - example.prompt_length for example in examples)
 
 
 def starts(sizes: Sequence[int]) -> Tensor:

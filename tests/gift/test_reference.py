@@ -32,8 +32,8 @@ from gift.reference import CachedReference, Demand, OnlineReference, scoring
 from gift.reference.__main__ import main
 from gift.reference.cache import META, cache_folder, cache_key, demands_of, find_cache, scored_subsets
 from gift.reference.scoring import obtain, plan, score
-from gift.reference.truncation import truncate
 from gift.vocab import DenseReference, SparseReference, vocab_loss
+from gift.vocab.truncation import truncate
 
 ROOT = Path(__file__).parents[2]
 VOCAB = 60
