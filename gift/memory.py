@@ -177,7 +177,7 @@ def predict(
     parts = [*states, *pass_parts(shape, engine, micro_batch, on_gpu=on_gpu, lora=lora, recompute=recompute)]
     if reference:
         if lora is None:
-            parts.append(Part("reference", shape.parameters * width(engine)))
+            parts.append(Part("reference", frozen_bytes(shape, engine, ranks)))
         if not recompute:
             parts.append(Part("reference's logits", tile_bytes(shape, micro_batch.tokens, on_gpu), ("forward",)))
     parts.append(Part("encoded data", encoded_tokens * TOKEN_BYTES, on_host=True))
@@ -192,6 +192,15 @@ def predict(
 def width(engine: Engine) -> int:
     """Bytes of a weight in the model."""
     return 2 if engine.dtype == "bfloat16" else FLOAT32
+
+
+def frozen_bytes(shape: Shape, engine: Engine, ranks: int) -> float:
+    """A frozen model beside the policy; at stage 3 its decoder is split among the ranks, its head whole on each."""
+    if engine.zero_stage < 3:
+        return width(engine) * shape.parameters
+    head = shape.vocab * shape.hidden
+    decoder = shape.parameters if shape.tied else shape.parameters - head
+    return width(engine) * (decoder / ranks + head)
 
 
 def state_parts(

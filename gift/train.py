@@ -10,7 +10,6 @@ the numbers of an uninterrupted run.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 from evals.suites import SUITES, find
-from gift.cli import UserError, run_command, say
+from gift.cli import UserError, positive, run_command, say
 from gift.distributed import barrier, init_distributed, quiet_libraries, rank, world_size
 from gift.job import Job
 from gift.models import check_checkpoint, is_local
@@ -116,6 +115,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved recipe, its steps and the memory needed; do nothing"
     )
+    parser.add_argument(
+        "--ranks", type=positive, default=1, metavar="N", help="of a dry run: how many processes would share the work"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # what DeepSpeed's launcher adds
     arguments = parser.parse_intermixed_args(argv)
 
@@ -124,7 +126,7 @@ def main(argv: list[str]) -> int:
         find(SUITES, suite, "suite")
     quiet_libraries()
     if arguments.dry_run:
-        say(str(plan(recipe, int(os.environ.get("WORLD_SIZE", "1")))))
+        say(str(plan(recipe, arguments.ranks)))
         return 0
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
