@@ -19,6 +19,8 @@ from gift.objectives import OBJECTIVES, label_weight, resolve
 from gift.recipe import Engine, Init, Optimizer
 from gift.records import JsonlLog, read_jsonl
 from gift.reference import OnlineReference
+from gift.reference.cache import Demand
+from gift.reference.scoring import score
 
 VOCAB = 50
 KEY = ("policy", "stage", "event", "step")
@@ -56,6 +58,7 @@ def run(
     engine=None,
     checkpoint=lambda engine, step: None,
     init=None,
+    reference=None,
     **options,
 ) -> list[dict]:
     """Trains on 12 examples in batches of 4; `stop_at` raises after that step, like a kill. Returns the log."""
@@ -63,7 +66,7 @@ def run(
     registered = OBJECTIVES[objective]
     loss = sft.Loss(
         resolve(objective, options),
-        OnlineReference(copy.deepcopy(model)) if registered.needs_reference else None,
+        reference or (OnlineReference(copy.deepcopy(model)) if registered.needs_reference else None),
         registered.needs_old_policy,
         partial(label_weight, **options) if objective == "gift" else None,
     )
@@ -202,6 +205,40 @@ def test_gift_equals_a_hand_written_loop(tmp_path: Path, tokenizer):
     below_five = sum(sum(row["surprisal"]["counts"][:5]) for row in trained)
     assert trained[0]["surprisal"]["edges"][4] == 5
     assert below_five == int((torch.cat(surprisal) < 5).sum())
+
+
+@pytest.mark.parametrize("tolerance", [0.1, 1e-2, 1e-6])
+def test_a_cached_reference_keeps_the_loss_within_its_bound(tmp_path: Path, tokenizer, tolerance: float):
+    """A target that is off by e in total variation changes a token's loss by at most e times the spread of log pi."""
+
+    def base() -> PreTrainedModel:
+        torch.manual_seed(1)
+        model = student()
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(20)  # sharper predictions: a tail that need not be stored
+        return model
+
+    demand = Demand((("gift", {"beta": 2.0}),), tolerance)
+    cache = score(
+        base, examples(12), demand, key={"made": "here"}, budget_bytes=1e9, micro_tokens=100, root=tmp_path / "cache"
+    )
+    assert cache is not None
+    with torch.no_grad():
+        spread = max(float((logp.amax(-1) - logp.amin(-1)).max()) for logp in log_probs(base(), examples(12)))
+    slow = {"optimizer": Optimizer(lr=1e-4)}
+    online, cached = (
+        [
+            row
+            for row in run(base(), tokenizer, tmp_path / name, objective="gift", beta=2.0, init=slow, reference=source)
+        ]
+        for name, source in (("online", None), ("cached", cache))
+    )
+    losses = [[row["loss"] for row in rows if row["event"] == "train"] for rows in (online, cached)]
+    gaps = [abs(a - b) for a, b in zip(*losses, strict=True)]
+    assert max(gaps) <= 1.1 * tolerance * spread + 1e-5
+    assert tolerance < 0.1 or cache.info.max_error > 0.01
+    shares = [[row["soft_share"] for row in rows if row["event"] == "train"] for rows in (online, cached)]
+    assert shares[0] == shares[1]
 
 
 OPTIONS = {"gift": {"beta": 2.0}, "psft": {"clip_high": 0.05}}
