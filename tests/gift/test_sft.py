@@ -227,10 +227,7 @@ def test_a_cached_reference_keeps_the_loss_within_its_bound(tmp_path: Path, toke
         spread = max(float((logp.amax(-1) - logp.amin(-1)).max()) for logp in log_probs(base(), examples(12)))
     slow = {"optimizer": Optimizer(lr=1e-4)}
     online, cached = (
-        [
-            row
-            for row in run(base(), tokenizer, tmp_path / name, objective="gift", beta=2.0, init=slow, reference=source)
-        ]
+        list(run(base(), tokenizer, tmp_path / name, objective="gift", beta=2.0, init=slow, reference=source))
         for name, source in (("online", None), ("cached", cache))
     )
     losses = [[row["loss"] for row in rows if row["event"] == "train"] for rows in (online, cached)]
