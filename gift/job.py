@@ -32,7 +32,7 @@ from gift.objectives import OBJECTIVES, label_weight, needs_reference, resolve, 
 from gift.recipe import Recipe
 from gift.records import JsonlLog, RunDir, remove, sha256_weights, utc_now
 from gift.reference import CachedReference, OnlineReference
-from gift.reference.cache import cache_key, demands_of, scored_subsets
+from gift.reference.cache import demands_of, key_of, scored_subsets
 from gift.reference.scoring import cache_home, obtain
 from gift.sft import Loss, Stage, Trainer
 from gift.steps import Step, Steps, announce
@@ -273,15 +273,9 @@ class Job:
         recipe, base = self.recipe, self.run.checkpoint("base")
         names = scored_subsets(recipe)
         encoded = [example for name in names for example in self._tokens(name)]
-        key = cache_key(
-            load_tokenizer(base),
-            encoded,
-            weights_sha256=self.run.node("base")["weights_sha256"],
-            data_sha256=fingerprint([example for name in names for example in self._examples(name)]),
-            dtype=recipe.engine.dtype,
-            template=recipe.data.template,
-            max_length=recipe.data.max_length,
-        )
+        examples = [example for name in names for example in self._examples(name)]
+        weights_sha256 = self.run.node("base")["weights_sha256"]
+        key = key_of(recipe, load_tokenizer(base), examples, encoded, weights_sha256)
         return {
             objective: obtain(
                 lambda: load_model(base, dtype=recipe.engine.dtype).to(device()),

@@ -15,13 +15,12 @@ from pathlib import Path
 import torch
 
 from gift.cli import UserError, run_command
-from gift.data import fingerprint
 from gift.distributed import init_distributed, quiet_libraries
 from gift.materials import base_folder, subsets_of, tokens_of
 from gift.models import device, load_model, load_tokenizer
 from gift.recipe import Recipe, load_recipe
 from gift.records import sha256_weights
-from gift.reference.cache import Demand, cache_key, demands_of, scored_subsets
+from gift.reference.cache import Demand, demands_of, key_of, scored_subsets
 from gift.reference.scoring import cache_home, score
 from gift.steps import announce
 from gift.templates import apply_template
@@ -35,15 +34,8 @@ def score_recipe(recipe: Recipe, demands: Mapping[str, Demand], root: Path) -> b
         apply_template(tokenizer, recipe.data.template)
     names, (subsets, _) = scored_subsets(recipe), subsets_of(recipe)
     encoded = [one for name in names for one in tokens_of(name, subsets[name], tokenizer, recipe.data.max_length)]
-    key = cache_key(
-        tokenizer,
-        encoded,
-        weights_sha256=sha256_weights(base),
-        data_sha256=fingerprint([example for name in names for example in subsets[name]]),
-        dtype=recipe.engine.dtype,
-        template=recipe.data.template,
-        max_length=recipe.data.max_length,
-    )
+    examples = [example for name in names for example in subsets[name]]
+    key = key_of(recipe, tokenizer, examples, encoded, sha256_weights(base))
     complete = True
     for objective, demand in demands.items():
         cache = score(

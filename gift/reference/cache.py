@@ -34,6 +34,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gift.batches import Encoded
 from gift.cli import UserError
+from gift.data import Example, fingerprint
 from gift.objectives import OBJECTIVES, needs_reference
 from gift.recipe import Recipe
 from gift.records import read_json, sha256_file, sha256_json
@@ -85,6 +86,25 @@ def cache_key(
         "data": data_sha256,
         "tokens": sha256_tokens(encoded),
     }
+
+
+def key_of(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    encoded: Sequence[Encoded],
+    weights_sha256: str,
+) -> dict[str, Any]:
+    """`cache_key` of a recipe's examples, as tokens, and its base model."""
+    return cache_key(
+        tokenizer,
+        encoded,
+        weights_sha256=weights_sha256,
+        data_sha256=fingerprint(examples),
+        dtype=recipe.engine.dtype,
+        template=recipe.data.template,
+        max_length=recipe.data.max_length,
+    )
 
 
 def sha256_tokens(encoded: Sequence[Encoded]) -> str:
