@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import sys
@@ -35,7 +36,7 @@ class Example:
     id: str
     prompt: str
     response: str
-    answer: str
+    answer: str  # '' where the data have none
     turns: tuple[tuple[str, str], ...] = ()
     """Where the prompt is a conversation: its (role, content) pairs. `prompt` is then all of it as text, to read."""
 
@@ -46,18 +47,20 @@ class Columns:
 
     prompt: str = "prompt"
     response: str = "response"
-    answer: str = "answer"
+    answer: str | None = "answer"  # None: every answer is ''
     messages: str | None = None
+    unanswered: bool = False  # whether an answer may be '', as where `write_examples` wrote data without answers
 
-    def required(self) -> tuple[str, ...]:
+    def required(self) -> list[str]:
         """Those that every row must have."""
-        return (self.messages or self.prompt, *([] if self.messages else [self.response]), self.answer)
+        texts = [self.messages] if self.messages else [self.prompt, self.response]
+        return texts if self.answer is None else [*texts, self.answer]
 
     def among(self, available: Sequence[str], where: str) -> list[str]:
         """The columns to read of those available. Raises UserError naming one that is not there."""
         for column in self.required():
             if column not in available:
-                known = ", ".join(available)
+                known = ", ".join(available) + "; without answers set data.answer=null" * (column == self.answer)
                 raise UserError(f"{where}: no column {column!r}{nearest(column, available)}; it has: {known}")
         return [name for name in dict.fromkeys((*self.required(), "id", TURNS)) if name in available]
 
@@ -78,8 +81,8 @@ class Loaded:
 def load_examples(data: Data) -> Loaded:
     """The examples of a recipe's source: a .jsonl or .parquet file, or a data set's folder or Hub repository.
 
-    Every row needs a prompt, a response and an answer that are text, also where only RL uses it. In a file, a row that
-    lacks one is an error, which names it; a data set cannot be mended here, so up to 1% of such rows are left out.
+    Every row needs a prompt, a response and (unless `data.answer` is None) an answer that are text. In a file, a row
+    that lacks one is an error, which names it; a data set cannot be mended here, so up to 1% of such rows are left out.
     Raises UserError saying what to do where the source, its split or a column is not to be had. 'nano' is no source of
     this function: gift.nano makes those problems.
     """
@@ -88,24 +91,23 @@ def load_examples(data: Data) -> Loaded:
     if path.suffix in FILES or path.is_file():
         return Loaded(read_file(path, columns))
     if not is_local(data.source):
-        return read_dataset(data.source, data.split, hub_revision(data.source, data.revision), columns)
+        return read_dataset(data.source, hub_revision(data.source, data.revision), data, columns)
     if not path.is_dir():
         raise UserError(f"{path}: no such data folder")
-    return read_dataset(str(path), data.split, None, columns)
+    return read_dataset(str(path), None, data, columns)
 
 
-def read_examples(
-    path: Path, *, prompt: str = "prompt", response: str = "response", answer: str = "answer"
-) -> list[Example]:
-    """Examples from a JSONL or Parquet file with these columns; rows without an `id` are numbered.
+def read_examples(path: Path, *, answer: str | None = "answer") -> list[Example]:
+    """Examples that `write_examples` wrote, or of a file with the same columns; rows without an `id` are numbered.
 
-    Raises UserError naming the file, and the row and column where a value is missing or not text.
+    An answer may be '', and is, where `answer`, its column, is None. Raises UserError naming the file, and the row and
+    column where a value is missing or not text.
     """
-    return read_file(path, Columns(prompt, response, answer))
+    return read_file(path, Columns(answer=answer, unanswered=True))
 
 
 def read_file(path: Path, columns: Columns) -> list[Example]:
-    """As `read_examples`, also where prompt and response are in a column of messages."""
+    """The examples of a JSONL or Parquet file with these columns. Errors: see `read_examples`."""
     if not path.exists():
         raise UserError(f"{path}: no such data file")
     if path.suffix not in FILES:
@@ -141,7 +143,7 @@ def read_parquet(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
 
 
-def read_dataset(source: str, split: str, revision: str | None, columns: Columns) -> Loaded:
+def read_dataset(source: str, revision: str | None, data: Data, columns: Columns) -> Loaded:
     """One split of a data set, by the `datasets` library, from the Hub or a folder. Errors: see `load_examples`."""
     try:
         import datasets
@@ -150,10 +152,10 @@ def read_dataset(source: str, split: str, revision: str | None, columns: Columns
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        table = datasets.load_dataset(source, split=split, revision=revision)
+        table = datasets.load_dataset(source, data.config, split=data.split, revision=revision)
     except Exception as error:  # the library raises a dozen unrelated kinds
-        reason = first_line(error).rstrip(".")
-        raise UserError(f"{source}: cannot load this data set: {reason}; {remedy(error)}") from error
+        why = f"{first_line(error).rstrip('.')}; {remedy(error)}"
+        raise UserError(f"{source}: cannot load this data set: {why}") from error
     table = table.select_columns(columns.among(table.column_names, source))
     name = Path(source).name
     examples: list[Example] = []
@@ -187,7 +189,9 @@ def remedy(error: Exception) -> str:
         return "download it where the Hub can be reached, and give its folder or a .parquet file as data.source"
     if "gated" in str(error):
         return "accept its terms on its page and log in with `hf auth login`"
-    return "check data.source, data.split and data.revision, or give a .jsonl or .parquet file"
+    if configs := str(error).partition("available configs: ")[2]:
+        return f"set data.config to one of {configs.splitlines()[0]}"
+    return "check data.source, data.config, data.split and data.revision, or give a .jsonl or .parquet file"
 
 
 def to_example(row: Mapping[str, Any], where: str, name: str, columns: Columns) -> Example:
@@ -202,8 +206,9 @@ def to_example(row: Mapping[str, Any], where: str, name: str, columns: Columns) 
         turns = to_turns(row[TURNS], f"{where}: column {TURNS!r}") if row.get(TURNS) else []
     else:
         prompt, turns, response = split_messages(row[columns.messages], f"{where}: column {columns.messages!r}")
-    own_id = row.get("id")
-    return Example(name if own_id is None else str(own_id), prompt, response, text(columns.answer), tuple(turns))
+    own_id, column = row.get("id"), columns.answer
+    answer = "" if column is None or (columns.unanswered and row[column] == "") else text(column)
+    return Example(name if own_id is None else str(own_id), prompt, response, answer, tuple(turns))
 
 
 def checked_text(value: Any, what: str) -> str:
@@ -280,11 +285,8 @@ def split(examples: Sequence[Example], sizes: Mapping[str, int], seed: int) -> d
     if len(distinct) < wanted:
         raise UserError(f"the data has {len(distinct)} distinct prompts, but {wanted} are asked for ({dict(sizes)})")
     random.Random(seed).shuffle(distinct)
-    subsets, start = {}, 0
-    for name, size in sizes.items():
-        subsets[name] = distinct[start : start + size]
-        start += size
-    return subsets
+    rest = iter(distinct)
+    return {name: list(itertools.islice(rest, size)) for name, size in sizes.items()}
 
 
 def normalize(prompt: str) -> str:
@@ -387,13 +389,9 @@ def encode_all(
                     tokens += len(prompt) + len(response) + 1
                     encoded.append(joined(example.id, prompt, [*response, tokenizer.eos_token_id], max_length))
             bar.update(len(chunk))
-    taken = Truncation(
-        max_length,
-        rows=len(examples),
-        cut=sum(example.truncated for example in encoded),
-        tokens_lost=tokens - sum(len(example.ids) for example in encoded),
-        dropped=len(examples) - len(encoded),
-    )
+    cut = sum(example.truncated for example in encoded)
+    lost = tokens - sum(len(example.ids) for example in encoded)
+    taken = Truncation(max_length, len(examples), cut, lost, dropped=len(examples) - len(encoded))
     if taken.dropped > DROPPED * taken.rows:
         raise UserError(
             f"data.max_length: {taken.dropped} of {taken.rows} prompts have {max_length} tokens or more and leave no"

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from gift.cli import UserError
 from gift.models import quiet_transformers
 
 T = TypeVar("T")
@@ -83,11 +84,14 @@ def total_over_ranks(values: Sequence[float]) -> list[float]:
 def lockstep(pieces: Sequence[T], idle: Callable[[T], T]) -> list[T]:
     """This rank's pieces, with `idle(piece)` appended until every rank has as many: ZeRO needs equal calls.
 
-    Every rank must have at least one piece.
+    Raises UserError where a rank has no piece at all.
     """
     counts = [0.0] * world_size()
     counts[rank()] = len(pieces)
-    longest = int(max(total_over_ranks(counts)))
+    counts = total_over_ranks(counts)
+    if not min(counts):
+        raise UserError(f"{world_size()} ranks share fewer examples than that; add data, or start fewer ranks")
+    longest = int(max(counts))
     return [*pieces, *[idle(pieces[-1])] * (longest - len(pieces))]
 
 

@@ -111,9 +111,11 @@ class GRPOTrainer:
         """Passes over the problems in whole batches; the rest of an epoch that makes none is dropped.
 
         Continues from the newest state in the resume folder. At the end `checkpoint` is called with the engine and the
-        number of rollout batches. Logs under (policy, stage, event, step), a step being a rollout batch.
+        number of rollout batches. Logs under (policy, stage, event, step), a step being a rollout batch. Raises
+        UserError before any work if a prompt leaves no room for `max_tokens` in the model's window.
         """
         settings = self.settings
+        self.sampler.check_room([*problems, *validation[: settings.validation_items]])
         per_epoch = len(problems) // settings.batch_size
         total = per_epoch * settings.epochs
         state = self.engine.resume(self.resume_dir) or {"step": 0, "failed": []}

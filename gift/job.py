@@ -33,7 +33,7 @@ from gift.recipe import Recipe
 from gift.records import JsonlLog, RunDir, remove, sha256_weights, utc_now
 from gift.reference import CachedReference, OnlineReference
 from gift.reference.cache import demands_of, key_of, scored_subsets
-from gift.reference.scoring import cache_home, obtain
+from gift.reference.scoring import cache_home, obtain_most
 from gift.sft import Loss, Stage, Trainer
 from gift.steps import Step, Steps, announce
 from reports.build import build_report
@@ -65,14 +65,17 @@ class Job:
         ]
         if self._caches_reference():
             found.append(Step("reference", self.reference, recipe.data.sft * length))
-        inits, rls = [], []
+        inits, rls, online = [], [], not self._caches_reference()
         for name in recipe.methods:
             if (init := recipe.init_of(name)) is not None:
-                cost = recipe.problems_of(name, "init") * init.epochs * length * (4 if self._is_online(name) else 3)
-                inits.append(Step(f"init {name}", partial(self.init, name), cost))
+                passes = 4 if online and self._needs_reference(name) else 3
+                cost = recipe.problems_of(name, "init") * init.epochs * length * passes
+                tidy = partial(remove, self._resume_dir(name, "init"))
+                inits.append(Step(f"init {name}", partial(self.init, name), cost, tidy=tidy))
             if (rl := recipe.rl_of(name)) is not None:
                 cost = recipe.problems_of(name, "rl") * rl.epochs * rl.group_size * length * 4
-                rls.append(Step(f"rl {name}", partial(self.rl, name), cost))
+                tidy = partial(remove, self._resume_dir(f"{name}-rl", "rl"))
+                rls.append(Step(f"rl {name}", partial(self.rl, name), cost, tidy=tidy))
         policies = 1 + len(inits) + len(rls)
         return [
             *found,
@@ -114,12 +117,15 @@ class Job:
 
     def reference(self) -> None:
         """Scores the training data with the base, once for all methods that need it."""
-        found = {}
-        for objective, cache in self._cached_references.items():
-            found[objective] = None if cache is None else {"cache": str(cache.folder), **asdict(cache.info)}
-            if cache is not None:
-                announce("\n".join(f"  {line}" for line in f"{objective}: {cache.info.summary()}".splitlines()))
-        self.run.update(reference=found)
+        for name, cache in self._cached_references.items():
+            found = "online: the budget does not suffice" if cache is None else cache.info.summary()
+            announce("\n".join(f"  {line}" for line in f"{name}: {found}".splitlines()))
+        self.run.update(
+            reference={
+                name: None if cache is None else {"cache": str(cache.folder), **asdict(cache.info)}
+                for name, cache in self._cached_references.items()
+            }
+        )
 
     def init(self, name: str) -> None:
         """Stage 1: one initialization from the base."""
@@ -130,9 +136,9 @@ class Job:
         objective = OBJECTIVES[method.objective]
         for warning in warnings_for(method.objective, method.options, updates_per_batch=settings.updates_per_batch):
             announce(f"  {name}: {warning}")
-        model, tokenizer = self._start("base")
+        model, tokenizer = self._start("base", recipe.engine.attention)
         options: dict[str, Any] = dict(method.options)
-        with self._reference(method.objective, model) as reference, self._metrics() as log:
+        with self._reference(name, model) as reference, self._metrics() as log:
             loss = Loss(
                 resolve(method.objective, options),
                 reference,
@@ -150,7 +156,6 @@ class Job:
                 log=log,
             )
             trainer.train(lambda engine, step: self._finish(engine, tokenizer, name, name, "init", step))
-        self._forget_state(name, "init")
 
     def rl(self, name: str) -> None:
         """Stage 2: RL from one initialization, or from the base where the method has none."""
@@ -177,7 +182,6 @@ class Job:
                 self._examples("validation"),
                 lambda engine, step: self._finish(engine, tokenizer, name, policy, "rl", step),
             )
-        self._forget_state(policy, "rl")
 
     def evaluate(self) -> str | None:
         """Evaluates every checkpoint of the run on the recipe's suites, on the first rank; says what was not had."""
@@ -226,7 +230,7 @@ class Job:
     # -----------------------------------------------------------------------------------------------------------------
     # Models
 
-    def _start(self, policy: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def _start(self, policy: str, attention: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model a stage begins with, as the lineage knows it, and its tokenizer."""
         recipe, checkpoint = self.recipe, self.run.checkpoint(policy)
         if sha256_weights(checkpoint) != self.run.node(policy)["weights_sha256"]:
@@ -234,7 +238,7 @@ class Job:
                 f"{checkpoint}: its weights are not those that were recorded when it was made; restore them, or start"
                 " a new run with name=ANOTHER"
             )
-        model = load_model(checkpoint, dtype=recipe.engine.dtype)
+        model = load_model(checkpoint, dtype=recipe.engine.dtype, attention=attention)
         if recipe.engine.packing:
             check_packing(model)
         if recipe.lora is not None:
@@ -242,42 +246,42 @@ class Job:
         return model, load_tokenizer(checkpoint)
 
     @contextmanager
-    def _reference(self, objective: str, model: PreTrainedModel) -> Iterator[OnlineReference | CachedReference | None]:
-        """What an objective needs of the base: nothing, its scores, the policy without adapters, or a second model."""
-        cached = self._cached_references[objective] if self._caches_reference() and needs_reference(objective) else None
-        if cached is not None or not needs_reference(objective):
+    def _reference(self, method: str, model: PreTrainedModel) -> Iterator[OnlineReference | CachedReference | None]:
+        """What a method needs of the base: nothing, its scores, the policy without adapters, or a second model."""
+        needed = self._needs_reference(method)
+        cached = self._cached_references[method] if needed and self._caches_reference() else None
+        if cached is not None or not needed:
             yield cached
         elif self.recipe.lora is not None:
             yield OnlineReference(model, adapted=True)
         else:
             engine = self.recipe.engine
-            frozen = FrozenEngine(load_model(self.run.checkpoint("base"), dtype=engine.dtype), engine)
+            base = load_model(self.run.checkpoint("base"), dtype=engine.dtype, attention=engine.attention)
+            frozen = FrozenEngine(base, engine)
             try:
                 yield OnlineReference(frozen.model)
             finally:
                 frozen.close()
 
-    def _is_online(self, method: str) -> bool:
+    def _needs_reference(self, method: str) -> bool:
         objective = self.recipe.methods[method].objective
-        return objective is not None and needs_reference(objective) and not self._caches_reference()
+        return objective is not None and needs_reference(objective)
 
     def _caches_reference(self) -> bool:
         return self.recipe.reference.mode == "cached" and bool(demands_of(self.recipe))
 
     @functools.cached_property
     def _cached_references(self) -> dict[str, CachedReference | None]:
-        """By objective the cache of what stage 1 trains on, scored now if there is none.
-
-        None where its budget does not suffice.
-        """
+        """By method the cache of what stage 1 trains on, scored now if there is none; None where it must be online."""
         recipe, base = self.recipe, self.run.checkpoint("base")
         names = scored_subsets(recipe)
         encoded = [example for name in names for example in self._tokens(name)]
         examples = [example for name in names for example in self._examples(name)]
         weights_sha256 = self.run.node("base")["weights_sha256"]
         key = key_of(recipe, load_tokenizer(base), examples, encoded, weights_sha256)
-        return {
-            objective: obtain(
+        found: dict[str, CachedReference | None] = {}
+        for objective, demand in demands_of(recipe).items():
+            cache, served = obtain_most(
                 lambda: load_model(base, dtype=recipe.engine.dtype).to(device()),
                 encoded,
                 demand,
@@ -286,8 +290,10 @@ class Job:
                 micro_tokens=recipe.engine.micro_tokens,
                 root=cache_home(),
             )
-            for objective, demand in demands_of(recipe).items()
-        }
+            for name, method in recipe.methods.items():
+                if method.objective == objective:
+                    found[name] = cache if (objective, method.options) in served.objectives else None
+        return found
 
     def _finish(
         self,
@@ -352,7 +358,3 @@ class Job:
 
     def _resume_dir(self, policy: str, stage: str) -> Path:
         return self.run.path / "checkpoints" / policy / f"{stage}-resume"
-
-    def _forget_state(self, policy: str, stage: str) -> None:
-        if rank() == 0:
-            remove(self._resume_dir(policy, stage))

@@ -28,11 +28,15 @@ def add_adapters(model: PreTrainedModel, settings: LoRA, *, seed: int) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    linear = {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    head = model.get_output_embeddings()  # read as a weight by every loss, which would never see its adapter
+    layers = {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head
+    }
+    linear = {name.rpartition(".")[2] for name in layers}
     if missing := [target for target in settings.targets if target not in linear]:
         raise UserError(
-            f"lora.targets: this model has no linear layer named {', '.join(missing)}{nearest(missing[0], linear)};"
-            f" it has: {', '.join(sorted(linear))}"
+            f"lora.targets: no linear layer to adapt is named {', '.join(missing)}{nearest(missing[0], linear)};"
+            f" this model has: {', '.join(sorted(linear))}"
         )
     config = LoraConfig(
         r=settings.rank,

@@ -12,7 +12,7 @@ from gift import nano
 from gift.batches import Encoded
 from gift.cli import UserError
 from gift.data import Example, encode_all, load_examples, split
-from gift.models import check_checkpoint, download, is_local, load_tokenizer, stored_end_ids
+from gift.models import check_checkpoint, download, is_local, load_config, load_tokenizer, stored_end_ids
 from gift.recipe import Recipe
 from gift.records import atomic_path
 from gift.steps import announce
@@ -25,8 +25,8 @@ INDEX = "model.safetensors.index.json"
 def base_folder(recipe: Recipe) -> Path:
     """The recipe's base model: a folder on this machine, made or downloaded if it has to be.
 
-    Raises UserError where it is not a checkpoint, or where responses would be trained to end with another token than
-    generation stops at.
+    Raises UserError where it is not a checkpoint, where the tokenizer has tokens that the model does not know, or where
+    responses would be trained to end with another token than generation stops at.
     """
     base = recipe.base
     if base.model == "nano":
@@ -36,7 +36,14 @@ def base_folder(recipe: Recipe) -> Path:
     else:
         folder = download(base.model, base.revision)
     check_checkpoint(folder)
-    end, ends = load_tokenizer(folder).eos_token_id, stored_end_ids(folder)
+    tokenizer, ends = load_tokenizer(folder), stored_end_ids(folder)
+    largest, rows = max(tokenizer.get_vocab().values()), load_config(folder).get_text_config().vocab_size
+    if largest >= rows:
+        raise UserError(
+            f"{folder}: the tokenizer has a token {largest}, the model embeds {rows} (from 0); resize the model's"
+            " embeddings, or remove the tokens that were added"
+        )
+    end = tokenizer.eos_token_id
     if end not in ends:
         raise UserError(
             f"{folder}: responses are trained to end with token {end} (the tokenizer's eos_token), but"
@@ -59,7 +66,8 @@ def with_template(checkpoint: Path, template: str, folder: Path) -> None:
 def subsets_of(recipe: Recipe) -> tuple[dict[str, list[Example]], str | None]:
     """The recipe's disjoint subsets by name ('rl' is empty where no method has a stage 2), and the data's revision."""
     sizes = {name: getattr(recipe.data, name) for name in SUBSETS}
-    if recipe.rl is None and not any(method.data == "joint" for method in recipe.methods.values()):
+    joint = any(method.data == "joint" for method in recipe.methods.values())
+    if not joint and all(recipe.rl_of(name) is None for name in recipe.methods):
         sizes["rl"] = 0
     if recipe.data.source == "nano":
         return split(nano.training_problems(sum(sizes.values()), recipe.seed), sizes, recipe.seed), None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 from gift.cli import UserError
+from gift.vocab.head import LogitMap
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
 
@@ -66,11 +67,14 @@ def download(name: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def load_model(name: str | Path, *, dtype: str = "float32", revision: str | None = None) -> PreTrainedModel:
+def load_model(
+    name: str | Path, *, dtype: str = "float32", revision: str | None = None, attention: str | None = None
+) -> PreTrainedModel:
     """A causal LM in evaluation mode from a checkpoint folder or a Hub repository.
 
-    Only safetensors are read and no code from the checkpoint is run. Raises UserError naming the checkpoint and the
-    reason, also where a weight is missing: transformers would make it up.
+    `attention` names transformers' implementation; None leaves the choice to it. Only safetensors are read and no code
+    from the checkpoint is run. Raises UserError naming the checkpoint and the reason, also where the implementation is
+    not to be had, or a weight is missing: transformers would make it up.
     """
     if is_local(name):
         check_checkpoint(Path(name))
@@ -79,6 +83,7 @@ def load_model(name: str | Path, *, dtype: str = "float32", revision: str | None
             str(name),
             dtype=DTYPES[dtype],
             revision=revision,
+            attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -89,6 +94,8 @@ def load_model(name: str | Path, *, dtype: str = "float32", revision: str | None
         raise UserError(f"{name}: not a causal language model")
     if missing := sorted(loaded["missing_keys"]):
         raise UserError(f"{name}: {len(missing)} weights are missing from this checkpoint, among them {missing[0]}")
+    if attention != "flash_attention_2":  # which needs a GPU; evaluation loads the same checkpoint without it
+        check_logits(model.eval(), str(name))
     return model.eval()
 
 
@@ -139,9 +146,10 @@ def lm_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
 def logit_map(model: PreTrainedModel) -> dict[str, Any]:
     """What the model does to its head's product, as arguments of gift.vocab: `scale`, `softcap` or nothing.
 
-    Cohere multiplies by logit_scale, Granite divides by logits_scaling, Gemma 2 caps at final_logit_softcapping.
+    Cohere multiplies by logit_scale, Granite divides by logits_scaling, Gemma caps at final_logit_softcapping. That
+    nothing else happens is what `check_logits` makes sure of.
     """
-    config = model.config
+    config = model.config.get_text_config()
     found: dict[str, Any] = {}
     if scale := getattr(config, "logit_scale", None):
         found["scale"] = float(scale)
@@ -150,6 +158,26 @@ def logit_map(model: PreTrainedModel) -> dict[str, Any]:
     if softcap := getattr(config, "final_logit_softcapping", None):
         found["softcap"] = float(softcap)
     return found
+
+
+@torch.no_grad()
+def check_logits(model: PreTrainedModel, name: str) -> None:
+    """Raises UserError unless backbone, head and `logit_map` together give the logits of the model itself.
+
+    Every loss, sample and distance of this suite is computed from these three parts.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(1, 9, device=model.device).remainder(rows).unsqueeze(0)
+    own = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].float(), -1)
+    weight, bias = lm_head(model)
+    product = nn.functional.linear(states_at(model, ids, None, torch.ones_like(ids, dtype=torch.bool)), weight, bias)
+    ours = torch.log_softmax(LogitMap(**logit_map(model)).apply(product.float()), -1)
+    tolerance = 0.1 if model.dtype == torch.bfloat16 else 1e-3
+    if ours.shape != own.shape or not (ours - own).abs().max() <= tolerance * max(1.0, float(own.abs().max())):
+        raise UserError(
+            f"{name}: {type(model).__name__} does something to its logits that this suite does not know; it would be"
+            " trained and measured wrongly"
+        )
 
 
 def end_ids(model: PreTrainedModel) -> list[int]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gift.batches import Encoded
+from gift.batches import Encoded, response_tokens
 from gift.distributed import share_of_rank, total_over_ranks
 from gift.engine import TrainingEngine, learning_rate
 from gift.models import on_device
@@ -53,7 +53,7 @@ def supervised_step(
     The engine's module returns log-probability and entropy of the response tokens, each [N]. `step` of `total` RL
     steps is what the learning rate's schedule goes by.
     """
-    tokens = sum(len(example.ids) - example.prompt_length for example in demonstrations)
+    tokens = response_tokens(demonstrations)
     logged = torch.zeros(2, dtype=torch.float64)
     with engine.optimizer_state("sft", settings.optimizer):
         for _, batch in micro_batches(share_of_rank(demonstrations), engine.settings, pad):

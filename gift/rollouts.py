@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gift.batches import Encoded
+from gift.cli import UserError
 from gift.data import Example, encode_prompt
 from gift.distributed import share_of_rank, total_over_ranks
 from gift.engine import TrainingEngine
@@ -94,6 +95,16 @@ class Sampler:
         self.settings = settings
         self.seed = seed
 
+    def check_room(self, problems: Sequence[Example]) -> None:
+        """Raises UserError, naming the longest prompt, if that and `max_tokens` exceed the generator's window."""
+        tokens, problem = max(((len(self.prompt(problem)), problem) for problem in problems), key=lambda pair: pair[0])
+        limit, window = self.settings.max_tokens, self.generator.max_model_len
+        if tokens + limit > window:
+            raise UserError(
+                f"{problem.id}: its prompt of {tokens} tokens and a response of rl.max_tokens={limit} exceed the"
+                f" model's window of {window}; lower rl.max_tokens, or leave the longest prompts out of the data"
+            )
+
     def draw(self, batch: Sequence[Example], problems: Sequence[Example], step: int) -> Draw:
         """Rollouts of a batch of problems.
 
@@ -131,9 +142,12 @@ class Sampler:
         return tuple(encode_prompt(self.tokenizer, problem))
 
     def demonstration(self, problem: Example) -> Sample:
-        """The expert's solution and the end token as if they had been sampled: cut at `max_tokens`, no logps."""
+        """The expert's solution and the end token as if they had been sampled: cut at `max_tokens`, no logps.
+
+        They fit into the model's window with their prompt: see `check_room`.
+        """
         ids = [*self.tokenizer.encode(problem.response, add_special_tokens=False), self.tokenizer.eos_token_id]
-        limit = min(self.settings.max_tokens, self.generator.max_model_len - len(self.prompt(problem)))
+        limit = self.settings.max_tokens
         return Sample(ids[:limit], "stop" if len(ids) <= limit else "length", [])
 
     def encode(self, problem: Example, sample: Sample) -> Encoded:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gift.batches import IGNORED, Encoded, collate, epoch_order, pieces, response_tokens
-from gift.cli import progress
+from gift.cli import UserError, progress
 from gift.engine import TrainingEngine, check_finite, learning_rate, lockstep, rank, share_of_rank, total_over_ranks
 from gift.models import lm_head, logit_map, on_device, states_at
 from gift.recipe import Engine, Init
@@ -149,6 +149,11 @@ class Trainer:
         """
         settings, stage = self.settings, self.stage
         per_epoch = len(stage.train) // settings.batch_size
+        if per_epoch == 0:
+            raise UserError(
+                f"{stage.policy}: {len(stage.train)} examples (prompts that fill data.max_length are left out) make no"
+                f" batch of {settings.batch_size}; raise data.max_length, or add data"
+            )
         total = per_epoch * settings.epochs
         selected = per_epoch * (settings.select_epoch or settings.epochs)
         state = self.engine.resume(self.resume_dir) or {"step": 0}

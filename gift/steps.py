@@ -21,13 +21,15 @@ class Step:
     """One step of a job: its name, its work, and roughly how many tokens it passes through a model.
 
     `work` returns None when all was done, or what could not be. `still_there`, if given, says whether what an earlier
-    start made is still where it was.
+    start made is still where it was. `tidy`, if given, removes what the step no longer needs once it is recorded as
+    done; it may be called again.
     """
 
     name: str
     work: Callable[[], str | None]
     cost: float = 0.0
     still_there: Callable[[], bool] | None = None
+    tidy: Callable[[], None] | None = None
 
 
 class Steps:
@@ -50,6 +52,7 @@ class Steps:
             title = f"[{number}/{len(self.steps)}] {step.name}"
             if self.done(step):
                 announce(f"{title}: done before")
+                self._tidy(step)
                 continue
             announce(f"{title} ..." + (f" (about {clock(remaining * seconds / spent)} left)" if spent else ""))
             took = self._execute(step)
@@ -84,11 +87,18 @@ class Steps:
             reason=lacking,
             finished=utc_now(),
             seconds=round(seconds, 1),
+            # Of the process since it started: a step that needed less than one before it shows that one's.
             peak_memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         )
         if lacking is not None:
             announce(f"  {step.name}: incomplete: {lacking}")
+        else:
+            self._tidy(step)
         return seconds
+
+    def _tidy(self, step: Step) -> None:
+        if step.tidy is not None and rank() == 0:
+            step.tidy()
 
     def _mark(self, name: str, **entries: Any) -> None:
         steps = self.run.manifest["steps"]

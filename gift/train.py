@@ -30,12 +30,20 @@ from gift.records import RunDir, sha256_json, utc_now
 from gift.steps import clock
 from reports.build import summary_table
 
+# What may change from one start of a run to the next: it decides how numbers are computed, but for rounding not which.
+ADJUSTABLE = {
+    *(f"engine.{name}" for name in ("micro_tokens", "packing", "gradient_checkpointing", "attention", "offload")),
+    *("engine.keep_states", "engine.threads", "init.save_every", "rl.save_every", "reference.budget_gb"),
+}
+REMEASURED = {"eval.": ("eval", "report"), "drift.": ("drift", "report")}  # settings, and the steps done again for them
+
 
 @contextmanager
 def opened(recipe: Recipe, runs: Path, overrides: list[str]) -> Iterator[RunDir]:
     """Yields the recipe's run directory, new or the one to continue, held for this job.
 
-    Raises UserError, naming the keys that differ, if a run of this name was made by another recipe.
+    Raises UserError, naming the keys that differ, if a run of this name was made by another recipe, but for the
+    settings in ADJUSTABLE and REMEASURED.
     """
     path, tree = runs / recipe.name, as_tree(recipe)
     path.mkdir(parents=True, exist_ok=True)
@@ -45,6 +53,8 @@ def opened(recipe: Recipe, runs: Path, overrides: list[str]) -> Iterator[RunDir]
         if run.writable and not run.manifest:
             run.manifest = RunDir.create(path, kind="train", recipe=tree, overrides=overrides).manifest
             run.update(seeds={"run": recipe.seed, "base": recipe.base.pretrain.seed}, sessions=[])
+        elif run.writable:
+            adjust(run, tree)
         barrier()
         run.manifest = RunDir.open(path).manifest
         if run.manifest["recipe_sha256"] != sha256_json(tree):
@@ -57,6 +67,18 @@ def opened(recipe: Recipe, runs: Path, overrides: list[str]) -> Iterator[RunDir]
         session |= {"packages": package_versions(), "hardware": hardware()}
         run.update(sessions=[*run.manifest.get("sessions", []), session])
         yield run
+
+
+def adjust(run: RunDir, tree: dict[str, Any]) -> None:
+    """Takes over settings that may change from one start to the next; leaves the run as it is if others differ too."""
+    keys = differing(run.manifest["recipe"], tree)
+    remeasured = {key: steps for key in keys for prefix, steps in REMEASURED.items() if key.startswith(prefix)}
+    if not keys or any(key not in ADJUSTABLE and key not in remeasured for key in keys):
+        return
+    say(f"{run.path}: goes on with another {', '.join(keys)}; what was done with the old is kept")
+    redone = {step for steps in remeasured.values() for step in steps}
+    steps = {name: step for name, step in run.manifest["steps"].items() if name not in redone}
+    run.update(recipe=tree, recipe_sha256=sha256_json(tree), steps=steps)
 
 
 def differing(old: Any, new: Any, key: str = "") -> list[str]:
@@ -82,9 +104,19 @@ def check_paths(recipe: Recipe) -> None:
         check_checkpoint(Path(recipe.base.model).expanduser())
 
 
-def check_ranks(recipe: Recipe) -> None:
+def warn_of_missing_tasks(recipe: Recipe) -> None:
+    """Says now, and not after training, which benchmarks cannot be had."""
+    settings = recipe.eval
+    for suite in settings.suites:
+        for task in SUITES[suite].select(()):
+            try:
+                task.load(Path(settings.data_dir) if settings.data_dir else None)
+            except UserError as error:
+                say(f"warning: {task.name} cannot be evaluated as it is: {error}")
+
+
+def check_ranks(recipe: Recipe, ranks: int) -> None:
     """Raises UserError where batches cannot be shared evenly among the ranks."""
-    ranks = world_size()
     if recipe.data.validation < ranks:
         raise UserError(f"data.validation is {recipe.data.validation}, fewer than the {ranks} ranks that share it")
     for name in recipe.methods:
@@ -118,6 +150,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--ranks", type=positive, default=1, metavar="N", help="of a dry run: how many processes would share the work"
     )
+    parser.add_argument(
+        "--device", choices=["cpu", "gpu"], help="of a dry run: predict memory for it (default: by the recipe's dtype)"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # what DeepSpeed's launcher adds
     arguments = parser.parse_intermixed_args(argv)
 
@@ -125,16 +160,19 @@ def main(argv: list[str]) -> int:
     for suite in recipe.eval.suites:
         find(SUITES, suite, "suite")
     quiet_libraries()
+    check_paths(recipe)
     if arguments.dry_run:
-        say(str(plan(recipe, arguments.ranks)))
+        check_ranks(recipe, arguments.ranks)
+        say(str(plan(recipe, arguments.ranks, {"cpu": False, "gpu": True}.get(arguments.device))))
         return 0
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
     init_distributed()
-    check_ranks(recipe)
-    check_paths(recipe)
+    check_ranks(recipe, world_size())
     started = time.perf_counter()
     with opened(recipe, arguments.runs, arguments.overrides) as run:
+        if rank() == 0 and run.manifest["steps"].get("eval", {}).get("status") != "done":
+            warn_of_missing_tasks(recipe)
         complete = Job(recipe, run).steps.execute()
     if rank() == 0:
         say(f"\n{summary_table(run.path)}\n")

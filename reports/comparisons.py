@@ -31,8 +31,8 @@ class Comparison:
 
     @property
     def label(self) -> str:
-        """'A − B'."""
-        return f"{self.a.label} − {self.b.label}"
+        """'A vs B': the difference is A's number minus B's."""
+        return f"{self.a.label} vs {self.b.label}"
 
     @property
     def distinct(self) -> bool:

@@ -110,7 +110,7 @@ def rl_curves(run: RunData) -> Figure | None:
     return Figure(
         id="figure-3",
         title="Figure 3",
-        caption=" ".join(["RL from each initialization.", *captions, "One training seed."]),
+        caption=" ".join(["RL, from each initialization or the base.", *captions, "One training seed."]),
         plots=plots,
         data=data_table(
             "figure-3-data",

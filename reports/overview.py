@@ -131,7 +131,7 @@ def headlines(run: RunData, pass1: Sequence[Table], compared: Sequence[Compariso
     if len(widest) > MOST_DIFFERENCES:  # of many methods only the one this suite is about; the table has all of them
         widest = [one for one in widest if one.a.method == "gift"] or widest[:MOST_DIFFERENCES]
     found += [difference_headline(one) for one in widest]
-    if not widest and whole:
+    if not widest and whole and "sft" in (run.manifest["recipe"].get("methods") or {}):
         found.append(Headline("Against SFT", "–", "no other method has been evaluated on the same items as SFT"))
     if run.drift or whole:
         found.append(drift_headline(run))
@@ -170,7 +170,7 @@ def difference_headline(one: Comparison) -> Headline:
 
 
 def drift_headline(run: RunData) -> Headline:
-    """KL of each initialization from the base."""
+    """KL of the first policy of every method from the base."""
     title = "KL from the base, nats per token"
     parts, details = [], []
     column = Column("kl", "KL", decimals=3)
@@ -188,9 +188,9 @@ def drift_headline(run: RunData) -> Headline:
 
 
 def drifts(run: RunData, metric: str) -> Iterator[tuple[Policy, Cell]]:
-    """A drift metric of each initialization from the base."""
+    """A drift metric, from the base, of the first policy of every method."""
     for base in run.stage("base")[:1]:
-        for policy in run.stage("init"):
+        for policy in first_of_methods(run):
             yield policy, drift_cell(run, (base, policy), metric)
 
 

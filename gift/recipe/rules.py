@@ -108,6 +108,8 @@ def check_engine(engine: Engine) -> None:
     require(engine.offload == "none" or stage > 0, "engine.offload needs zero_stage 1, 2 or 3")
     low_precision = engine.dtype == "bfloat16"
     require(low_precision or engine.master_dtype == "float32", "engine.master_dtype bfloat16 needs dtype bfloat16")
+    flash = engine.attention == "flash_attention_2"
+    require(low_precision or not flash, "engine.attention flash_attention_2 needs dtype bfloat16")
     offloaded_bf16 = engine.offload != "none" and engine.master_dtype == "bfloat16"
     require(not offloaded_bf16, "engine.offload needs engine.master_dtype float32: the host steps in float32 alone")
 
@@ -168,6 +170,8 @@ def check_method(recipe: Recipe, name: str) -> None:
         require(enough, f"{problems or 'data.sft'} is smaller than {where}.batch_size: no step could be made")
     if rl is not None:
         where = f"{key}.rl" if method.rl else "rl"
+        answered = recipe.data.answer is not None
+        require(answered, f"data.answer is null, but RL rewards answers: set {key}.rl to null, or name their column")
         check_numbers(rl, where)
         check_rl(rl, where)
         enough = recipe.problems_of(name, "rl") >= rl.batch_size

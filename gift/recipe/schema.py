@@ -39,6 +39,9 @@ class Engine:
     """Puts a micro-batch's sequences into one row, each attending to itself alone, instead of padding them."""
     micro_tokens: int = 16384
     """Tokens, padding included, a rank passes through the model at once. The batch size does not depend on it."""
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    """transformers' implementation of attention in stage 1; stage 2 keeps sdpa, which sampling needs.
+    'flash_attention_2' needs the package flash-attn, a GPU and dtype bfloat16."""
     keep_states: int = 2
     """How many of the newest states to resume from are kept."""
     threads: int | None = None
@@ -85,12 +88,15 @@ class Data:
     source: str
     """'nano' (generated), a .jsonl or .parquet file, or a data set of the Hub such as zwhe99/DeepMath-103K."""
     revision: str | None = None
+    config: str | None = None
+    """The configuration of a data set that has several, such as main of openai/gsm8k."""
     split: str = "train"
-    """Revision and split of a data set of the Hub."""
+    """Revision, configuration and split of a data set of the Hub."""
     prompt: str = "prompt"
     response: str = "response"
-    answer: str = "answer"
-    """Names of the columns. The response may lie in a conversation instead: see `messages`."""
+    answer: str | None = "answer"
+    """Names of the columns. The response may lie in a conversation instead: see `messages`. A null answer: the data
+    have none, which RL cannot do without."""
     messages: str | None = None
     """Name of a column of chat messages; its last one is the response, those before it are the prompt."""
     template: str | None = None

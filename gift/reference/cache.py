@@ -22,7 +22,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from gift.vocab import SparseReference
 FORMAT = 1
 META = "meta.json"
 AGAIN = "score again with python -m gift.reference score RECIPE"
+TYPICAL_VOCAB = 100_000
 ROUNDING = 1 + 1e-5  # how far a bound may be exceeded by float32's rounding
 KEY_NAMES = {
     "format": "format of the cache",
@@ -135,6 +136,16 @@ class Demand:
             share = OBJECTIVES[name].reference_share(ref_logp, vocab_size=vocab_size, **options)
             largest = torch.maximum(largest, share)
         return largest
+
+    def without_costliest(self) -> Demand:
+        """The demand without the setting that multiplies p by most, at surprisals from none to 30 nats."""
+
+        def cost(setting: tuple[str, Mapping[str, float | str]]) -> float:
+            surprisals = torch.arange(0.0, 31.0)
+            return float(Demand((setting,), self.tolerance).share(-surprisals, TYPICAL_VOCAB).sum())
+
+        costliest = max(self.objectives, key=cost)
+        return replace(self, objectives=tuple(setting for setting in self.objectives if setting is not costliest))
 
     def as_tree(self) -> dict[str, Any]:
         """As JSON values, in an order that does not depend on that of the objectives."""
@@ -323,6 +334,9 @@ def find_cache(root: Path, key: Mapping[str, Any], demand: Demand) -> CachedRefe
         return CachedReference(own, key)
     for meta in sorted(root.glob(f"*/{META}")):
         with contextlib.suppress(UserError):  # of other data, or damaged
-            if read_json(meta)["key"] == key and (cache := CachedReference(meta.parent, key)).serves(demand):
+            made = read_json(meta)
+            if not isinstance(made, dict) or made.get("key") != key:
+                continue
+            if (cache := CachedReference(meta.parent, key)).serves(demand):
                 return cache
     return None

@@ -67,6 +67,28 @@ def obtain(
     return score(load, encoded, demand, key=key, budget_bytes=budget_bytes, micro_tokens=micro_tokens, root=root)
 
 
+def obtain_most(
+    load: Callable[[], PreTrainedModel],
+    encoded: Sequence[Encoded],
+    demand: Demand,
+    *,
+    key: Mapping[str, Any],
+    budget_bytes: float,
+    micro_tokens: int,
+    root: Path,
+) -> tuple[CachedReference | None, Demand]:
+    """As `obtain`, for as many of the demand's settings as the budget allows, and those it then serves.
+
+    The setting that asks for most of p goes first: in a sweep, the smallest beta.
+    """
+    while demand.objectives:
+        cache = obtain(load, encoded, demand, key=key, budget_bytes=budget_bytes, micro_tokens=micro_tokens, root=root)
+        if cache is not None:
+            return cache, demand
+        demand = demand.without_costliest()
+    return None, demand
+
+
 def score(
     load: Callable[[], PreTrainedModel],
     encoded: Sequence[Encoded],

@@ -132,11 +132,11 @@ class _Dense:
     def stats(self, tokens: slice, z: Tensor, lse: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """CE(p, pi), log p(y), H(p), each [n], for n tokens with the student's logits z; turns their logits into p."""
         logits = self._rows(tokens)
-        top = logits.amax(-1, keepdim=True)
+        logits.sub_(logits.amax(-1, keepdim=True))
         label_logit = _at(logits, self.labels[tokens])
-        p = torch.sub(logits, top, out=scratch).exp_()
+        p = torch.exp(logits, out=scratch)
         total = p.sum(-1)
-        ref_lse = top[:, 0] + total.log()
+        ref_lse = total.log()
         entropy = ref_lse - logits.mul_(p).sum(-1) / total
         torch.div(p, total[:, None], out=logits)
         ref_ce = lse - torch.mul(logits, z, out=scratch).sum(-1)
@@ -260,10 +260,11 @@ def _loss(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Loss, summed, and statistics of n tokens; their logits z [n, V] become dz if `differentiate`."""
     labels, scratch = job.labels[tokens], view(scratch, z.shape)
-    top = z.amax(-1, keepdim=True)
-    exps = torch.sub(z, top, out=scratch).exp_()
+    damping = job.logit_map.damping(z) if differentiate else None
+    z.sub_(z.amax(-1, keepdim=True))  # nothing below depends on an offset, and sums are more precise without one
+    exps = torch.exp(z, out=scratch)
     total = exps.sum(-1)
-    lse = top[:, 0] + total.log()
+    lse = total.log()
     logp = student.hide(_at(z, labels) - lse, labels)
     entropy = lse - exps.mul_(z).sum(-1) / total
     mean_logp = student.logit_sum(z) / student.unmasked_size - lse
@@ -279,7 +280,6 @@ def _loss(
             grads = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
     if differentiate:
         coefficients = Coefficients.of([*grads, None][:4], entropy, student)
-        damping = job.logit_map.damping(z)
         dz = coefficients.begin(z, lse, scratch, student.unmasked)
         if coefficients.label is not None:
             dz.scatter_add_(1, labels[:, None], coefficients.label[:, None])

@@ -1,7 +1,7 @@
 """From a model's distribution over the whole vocabulary to the few entries a target needs.
 
-Like gift.vocab, and outside it alone, this holds [tokens, vocab] tiles: a chunk of tokens with their whole vocabulary,
-because the largest entries of a row are known only when all of them are.
+Like `vocab_loss`, this holds a chunk of tokens with their whole vocabulary, [chunk, V], bounded in bytes: the largest
+entries of a row are known only when all of them are.
 """
 
 from __future__ import annotations

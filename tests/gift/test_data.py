@@ -63,9 +63,8 @@ def examples(count: int, start: int = 0) -> list[Example]:
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_both_kinds_of_file_give_the_same_examples(tmp_path, suffix):
     rows = [{"question": f"é{n}", "solution": "s\n", "gold": "2", "more": n} for n in range(3)]
-    found = read_examples(
-        write_rows(tmp_path / f"data{suffix}", rows), prompt="question", response="solution", answer="gold"
-    )
+    source = str(write_rows(tmp_path / f"data{suffix}", rows))
+    found = load_examples(Data(source=source, prompt="question", response="solution", answer="gold")).examples
     assert found == [Example(f"data-{n + 1}", f"é{n}", "s\n", "2") for n in range(3)]
 
 
@@ -98,7 +97,7 @@ def test_a_bad_value_names_file_row_and_column(tmp_path, suffix, change, message
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "a", "response": "b"}', "no column 'answer'; it has: prompt, response"),
+        ('{"prompt": "a", "response": "b"}', "no column 'answer'; it has: prompt, response; without answers set data."),
         (json.dumps({**ROW, "answer": 2}), "column 'answer' is not text: 2"),
         (json.dumps({**ROW, "prompt": "\ud83d"}), "column 'prompt' has half of a surrogate pair"),
         ('{"prompt": ', "malformed row: "),
@@ -127,9 +126,29 @@ def test_unusable_files_are_named(tmp_path):
 
 
 def test_examples_survive_a_round_trip(tmp_path):
-    wanted = [*examples(3), Example("u", "a\u2028b", "\x85\r\n\t\0", "π")]
+    wanted = [*examples(3), Example("u", "a\u2028b", "\x85\r\n\t\0", "π"), Example("none", "a", "b", "")]
     write_examples(tmp_path / "d.jsonl", wanted)
     assert read_examples(tmp_path / "d.jsonl") == wanted
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_data_without_answers(tmp_path, hub, suffix):
+    rows = [{"prompt": "q", "response": "r"}, {"prompt": "p", "response": "s", "id": "own"}]
+    rows = [{"id": None, **row} for row in rows]
+    path = write_rows(tmp_path / f"d{suffix}", rows)
+    wanted = [Example("d-1", "q", "r", ""), Example("own", "p", "s", "")]
+    assert load_examples(Data(source=str(path), answer=None)).examples == wanted
+    hub.table = datasets.Dataset.from_list(rows)
+    assert load_examples(Data(source="who/d", answer=None)).examples == wanted
+    for source in (str(path), "who/d"):
+        with pytest.raises(UserError, match=r"no column 'answer'; it has: .*; without answers set data\.answer=null"):
+            load_examples(Data(source=source))
+
+
+def test_an_empty_answer_in_a_source_with_answers_is_named(tmp_path):
+    path = write_rows(tmp_path / "d.jsonl", [ROW, {**ROW, "answer": ""}])
+    with pytest.raises(UserError, match=r"d\.jsonl:2: column 'answer' is not text: ''"):
+        load_examples(Data(source=str(path)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,8 +180,8 @@ def hub(monkeypatch):
     """Replaces the Hub: sets what it holds, or the error it answers with, and notes what was asked of it."""
     found = SimpleNamespace(table=datasets.Dataset.from_dict(DEEPMATH), error=None, asked=[], commit="a" * 40)
 
-    def load_dataset(name, *, split, revision):
-        found.asked.append((name, split, revision))
+    def load_dataset(path, name=None, *, split, revision):
+        found.asked.append((path, name, split, revision))
         if found.error:
             raise found.error
         return found.table
@@ -179,8 +198,30 @@ def hub(monkeypatch):
 
 def test_a_data_set_of_the_hub_is_read_at_the_commit_that_is_recorded(hub):
     loaded = load_examples(deepmath(DEEPMATH_NAME, split="train", revision="main"))
-    assert hub.asked == [(DEEPMATH_NAME, "train", "a" * 40)]
+    assert hub.asked == [(DEEPMATH_NAME, None, "train", "a" * 40)]
     assert loaded == Loaded(deepmath_examples("DeepMath-103K"), "a" * 40, 0)
+
+
+def test_a_configuration_of_a_data_set_can_be_chosen(hub):
+    load_examples(deepmath(DEEPMATH_NAME, config="main", split="test"))
+    assert hub.asked == [(DEEPMATH_NAME, "main", "test", "a" * 40)]
+
+
+def test_a_missing_configuration_is_named_with_those_there_are(tmp_path, monkeypatch):
+    """By the library itself, from a folder whose card has two."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "gsm8k"
+    folder.mkdir()
+    for name in ("main", "socratic"):
+        write_rows(folder / f"{name}.jsonl", [{**ROW, "prompt": name}])
+    files = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("main", "socratic"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+    source = str(folder)
+    assert [e.prompt for e in load_examples(Data(source=source, config="socratic")).examples] == ["socratic"]
+    with pytest.raises(UserError, match=r"set data\.config to one of \['main', 'socratic'\]$"):
+        load_examples(Data(source=source))
+    with pytest.raises(UserError, match=r"\['main', 'socratic'\]; check data\.source, data\.config, data\.split and"):
+        load_examples(Data(source=source, config="mian"))
 
 
 def test_another_solution_column_can_be_chosen(hub):
@@ -191,7 +232,7 @@ def test_another_solution_column_can_be_chosen(hub):
 def test_without_a_network_the_copy_on_this_machine_serves(hub):
     hub.commit = None
     loaded = load_examples(deepmath(DEEPMATH_NAME))
-    assert hub.asked == [(DEEPMATH_NAME, "train", None)]
+    assert hub.asked == [(DEEPMATH_NAME, None, "train", None)]
     assert loaded == Loaded(deepmath_examples("DeepMath-103K"), None, 0)
 
 
@@ -203,7 +244,7 @@ def test_a_folder_is_a_data_set_too(tmp_path, layout, monkeypatch):
     rows = [dict(zip(DEEPMATH, values, strict=True)) for values in zip(*DEEPMATH.values(), strict=True)]
     write_rows(file, rows)
     assert load_examples(deepmath(tmp_path / "deepmath")) == Loaded(deepmath_examples("deepmath"), None, 0)
-    with pytest.raises(UserError, match=r'Unknown split "test".*; check data.source, data.split and data.revision'):
+    with pytest.raises(UserError, match=r'Unknown split "test".*; check data.source, data.config, data.split and'):
         load_examples(deepmath(tmp_path / "deepmath", split="test"))
 
 
@@ -229,7 +270,7 @@ def test_a_column_a_data_set_lacks_is_named_with_the_nearest(tmp_path, hub, kind
     [
         (
             DatasetNotFoundError("Dataset 'x' doesn't exist on the Hub."),
-            "on the Hub; check data.source, data.split and",
+            "on the Hub; check data.source, data.config, data.split and",
         ),
         (DatasetNotFoundError("Dataset 'x' is a gated dataset on the Hub."), "log in with `hf auth login`"),
         (ConnectionError("Couldn't reach 'x' on the Hub"), "give its folder or a .parquet file as data.source"),

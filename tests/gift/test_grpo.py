@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from gift import rollouts
 from gift.cli import UserError
-from gift.data import encode_prompt
+from gift.data import Example, encode_prompt
 from gift.generation import Sample
 from gift.grpo import Scored
 from gift.lora import add_adapters
@@ -287,6 +287,21 @@ def test_zero_stages_train_alike(tmp_path: Path, tokenizer, by_parity, stage: in
     assert [row.get("reward_mean") for row in rows[0]] == [row.get("reward_mean") for row in rows[1]]
     for name, weight in states[0].items():
         torch.testing.assert_close(states[1][name], weight, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("where", ["problems", "validation"])
+def test_a_prompt_without_room_for_its_responses_is_named_before_any_work(tmp_path: Path, tokenizer, where: str):
+    long = Example("far", "1 + " * 70 + "1 =", "so", "71")
+    tokens = len(encode_prompt(tokenizer, long))
+    room = fresh_policy(tokenizer).config.max_position_embeddings - tokens
+    assert room > 0
+    problems, validation = ([*PROBLEMS, long], PROBLEMS[:3]) if where == "problems" else (PROBLEMS, [long])
+    ours = trainer(fresh_policy(tokenizer), tokenizer, tmp_path, replace(SETTINGS, max_tokens=room + 1))
+    with pytest.raises(UserError, match=f"^far: its prompt of {tokens} tokens and .* rl.max_tokens={room + 1} exceed"):
+        ours.train(problems, validation, keep_nothing)
+    assert not (tmp_path / "metrics.jsonl").exists() or not read_jsonl(tmp_path / "metrics.jsonl")
+    fits = trainer(fresh_policy(tokenizer), tokenizer, tmp_path, replace(SETTINGS, max_tokens=room))
+    fits.sampler.check_room([*problems, *validation])
 
 
 def train_as_rank(rank: int, ranks: int, port: int, folder: Path) -> None:

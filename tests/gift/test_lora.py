@@ -92,8 +92,12 @@ def test_the_merged_weights_compute_the_same_under_the_names_of_the_base(kind: s
 
 
 def test_a_missing_target_is_named():
-    with pytest.raises(UserError, match=r"no linear layer named wq, qproj.*it has: down_proj, gate_proj"):
+    with pytest.raises(
+        UserError, match=r"no linear layer to adapt is named wq, qproj.*model has: down_proj, gate_proj"
+    ):
         add_adapters(model_for({}), LoRA(targets=("q_proj", "wq", "qproj")), seed=0)
+    with pytest.raises(UserError, match="no linear layer to adapt is named lm_head"):  # losses read its weight alone
+        add_adapters(model_for({}), LoRA(targets=("q_proj", "lm_head")), seed=0)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,14 @@ def test_a_group_has_the_experts_solution_among_its_samples(tmp_path: Path, toke
         ] * demonstrations
 
 
+def test_a_demonstration_is_never_cut_from_its_beginning(tmp_path: Path, tokenizer):
+    """Where the prompt alone fills the window, which `train` refuses, it is still the solution's first tokens."""
+    problem = replace(PROBLEMS[2], prompt="1 + " * 200)
+    ours = trainer(fresh_policy(tokenizer), tokenizer, tmp_path, replace(LUFFY, max_tokens=4))
+    assert len(ours.sampler.prompt(problem)) > ours.sampler.generator.max_model_len
+    assert ours.sampler.demonstration(problem) == ours.sampler.demonstration(PROBLEMS[2])
+
+
 def test_a_long_demonstration_is_cut_and_graded_as_cut(tmp_path: Path, tokenizer):
     ours = trainer(fresh_policy(tokenizer), tokenizer, tmp_path, replace(LUFFY, max_tokens=4))
     sample = ours.sampler.demonstration(PROBLEMS[2])

@@ -13,11 +13,16 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     CohereForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    HyperCLOVAXConfig,
+    HyperCLOVAXForCausalLM,
 )
+from transformers.utils import is_flash_attn_2_available
 
 from gift.cli import UserError
 from gift.generation import Request, SamplingParams
@@ -34,6 +39,15 @@ from gift.models import (
 )
 from gift.vocab import vocab_stats
 
+FALCON_H1 = {
+    "lm_head_multiplier": 0.1,
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+}
+
 
 @pytest.fixture
 def checkpoint(tiny_checkpoint, tmp_path):
@@ -49,6 +63,25 @@ def test_a_whole_checkpoint_loads_as_saved(tiny_checkpoint):
     assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
     assert load_model(tiny_checkpoint, dtype="bfloat16").dtype == torch.bfloat16
     assert load_config(tiny_checkpoint).num_hidden_layers == 2
+
+
+def test_an_implementation_of_attention_can_be_chosen(tiny_checkpoint):
+    ids = torch.arange(12).view(2, 6)
+    logits = []
+    for attention in ("sdpa", "eager"):
+        model = load_model(tiny_checkpoint, attention=attention)
+        assert model.config._attn_implementation == attention
+        logits.append(model(input_ids=ids).logits)
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+    assert load_model(tiny_checkpoint).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn is installed")
+def test_attention_whose_package_is_missing_is_one_line(tiny_checkpoint):
+    message = r"checkpoint: cannot load this model: .*FlashAttention2.*installed"
+    with pytest.raises(UserError, match=message) as error:
+        load_model(tiny_checkpoint, attention="flash_attention_2")
+    assert "\n" not in str(error.value)
 
 
 def test_no_folder(tmp_path):
@@ -137,6 +170,20 @@ def test_logits_changed_after_the_head_are_those_of_the_model(config, model, set
     (sample,) = HFEngine(made).generate([Request(tuple(ids[0].tolist()), 3)], SamplingParams(max_tokens=1))
     assert sample.logps is not None
     assert sample.logps[0] == pytest.approx(expected[-1, sample.token_ids[0]].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "settings"),
+    [
+        (HyperCLOVAXConfig, HyperCLOVAXForCausalLM, {"logits_scaling": 0.25}),  # multiplies where Granite divides
+        (FalconH1Config, FalconH1ForCausalLM, FALCON_H1),  # lm_head_multiplier
+    ],
+)
+def test_a_model_with_logits_of_its_own_is_refused(config, model, settings, tmp_path):
+    torch.manual_seed(0)
+    model(config(**{**SHAPE, **settings}, vocab_size=40, initializer_range=0.5)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"{model.__name__} does something to its logits"):
+        load_model(tmp_path)
 
 
 def test_no_tokenizer(checkpoint):

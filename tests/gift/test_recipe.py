@@ -228,6 +228,8 @@ def test_a_wrong_type_names_file_key_and_value(file, override, message):
         ("engine={zero_stage: 2, offload: all}", "engine.offload all needs zero_stage 3, not 2"),
         ("engine={zero_stage: 0, offload: optimizer}", "engine.offload needs zero_stage 1, 2 or 3"),
         ("engine={dtype: float32, master_dtype: bfloat16}", "engine.master_dtype bfloat16 needs dtype bfloat16"),
+        ("engine={dtype: float32, attention: flash_attention_2}", "engine.attention flash_attention_2 needs dtype"),
+        ("data.answer=null", "data.answer is null, but RL rewards answers: set methods.sft.rl to null"),
         ("reference.tolerance=1", "reference.tolerance must lie between 0 and 1"),
         ("lora={targets: []}", "lora.targets is empty"),
         ("methods.sft={label: SFT, rl: null}", "methods.sft: neither an objective nor RL"),
@@ -272,6 +274,14 @@ def test_weights_are_not_negative(file, key):
 )
 def test_what_a_method_changes_is_checked_at_load(file, change, message):
     assert error_of(file, f"methods.gift.{change}").startswith(f"{file}: {message}")
+
+
+def test_data_without_answers_serve_methods_without_rl(file):
+    assert load_recipe(str(file), ["data.answer=null", "rl=null"]).data.answer is None
+    no_rl = [f"methods.{name}.rl=null" for name in load_recipe(str(file)).methods]
+    assert load_recipe(str(file), ["data.answer=null", *no_rl]).data.answer is None
+    message = error_of(file, "data.answer=null", *no_rl[1:])
+    assert message.startswith(f"{file}: data.answer is null, but RL rewards answers")
 
 
 def test_what_a_method_changes_holds_for_it_alone(file):

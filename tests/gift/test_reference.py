@@ -31,7 +31,7 @@ from gift.records import read_json, write_json
 from gift.reference import CachedReference, Demand, OnlineReference, scoring
 from gift.reference.__main__ import main
 from gift.reference.cache import META, cache_folder, cache_key, demands_of, find_cache, scored_subsets
-from gift.reference.scoring import obtain, plan, score
+from gift.reference.scoring import obtain, obtain_most, plan, score
 from gift.vocab import DenseReference, SparseReference, vocab_loss
 from gift.vocab.truncation import truncate
 
@@ -291,6 +291,8 @@ def test_one_cache_serves_every_larger_beta(tmp_path):
         assert found.error(gift_demand(beta, 1.0)) == pytest.approx(
             (float(errors.max()), float(errors.mean())), abs=1e-5
         )
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / META).write_text("{}")
     assert find_cache(tmp_path, KEY, gift_demand(1.0, 0.01)) is None
     assert find_cache(tmp_path, KEY, gift_demand(2.0, 0.001)) is None
     assert find_cache(tmp_path, {**KEY, "weights": "other"}, gift_demand(3.0, 0.01)) is None
@@ -438,6 +440,26 @@ def test_a_budget_that_does_not_suffice_is_noticed_early_and_leaves_nothing(
     assert "the online reference is used" in line
     needed = float(line.split("needs about ")[1].split(" GB")[0]) * 1e9
     assert needed == pytest.approx(full, rel=0.3)
+
+
+def test_a_sweep_gives_up_its_smallest_betas_first(tmp_path, small_shards):
+    """So that the larger ones, whose cache is small, still have theirs."""
+    setting = {beta: ("gift", {"beta": beta}) for beta in (0.5, 3.0, 8.0)}
+    sizes = {beta: made(tmp_path / str(beta), gift_demand(beta, 0.05)).info.bytes for beta in setting}
+    assert sizes[0.5] > 1.02 * sizes[3.0]
+    cache, served = obtain_most(
+        base,
+        examples(),
+        Demand((setting[8.0], setting[0.5], setting[3.0]), 0.05),
+        key=KEY,
+        budget_bytes=(sizes[0.5] + sizes[3.0]) / 2,
+        micro_tokens=40,
+        root=tmp_path / "sweep",
+    )
+    assert served.objectives == (setting[8.0], setting[3.0])
+    assert cache.serves(served)
+    nothing = {"key": KEY, "budget_bytes": 1.0, "micro_tokens": 40, "root": tmp_path / "none"}
+    assert obtain_most(base, examples(), gift_demand(8.0, 0.05), **nothing) == (None, Demand((), 0.05))
 
 
 def test_a_single_shard_is_cut_short(tmp_path, monkeypatch):

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from gift import nano, sft
 from gift.batches import IGNORED, Encoded, collate, epoch_order
+from gift.cli import UserError
 from gift.engine import TrainingEngine
 from gift.objectives import OBJECTIVES, label_weight, resolve
 from gift.recipe import Engine, Init, Optimizer
-from gift.records import JsonlLog, read_jsonl
+from gift.records import JsonlLog, read_json, read_jsonl, write_json
 from gift.reference import OnlineReference
 from gift.reference.cache import Demand
 from gift.reference.scoring import score
@@ -251,6 +252,11 @@ def test_cutting_a_batch_differently_changes_nothing(tmp_path: Path, tokenizer, 
     assert_same_weights(whole, pieces)
 
 
+def test_no_batch_at_all_is_an_error(tmp_path: Path, tokenizer):
+    with pytest.raises(UserError, match=r"p: 3 examples .* make no batch of 4"):
+        run(student(), tokenizer, tmp_path, data=examples(3))
+
+
 def test_the_selected_epoch_is_taken_and_later_ones_only_logged(tmp_path: Path, tokenizer):
     taken: dict[int, dict[str, torch.Tensor]] = {}
 
@@ -301,8 +307,6 @@ def test_validation_is_plain_nll_whatever_the_objective(tmp_path: Path, tokenize
 
 
 def test_resuming_with_other_ranks_is_refused(tmp_path: Path, tokenizer):
-    from gift.cli import UserError
-    from gift.records import read_json, write_json
 
     with pytest.raises(KilledError):
         run(student(), tokenizer, tmp_path, stop_at=3)

@@ -17,7 +17,7 @@ from gift import steps, train
 from gift.cli import UserError
 from gift.job import Job
 from gift.recipe import load_recipe
-from gift.records import RunDir, read_json, read_jsonl, read_table
+from gift.records import RunDir, read_json, read_jsonl, read_table, write_json
 
 ROOT = Path(__file__).parents[2]
 TINY = """
@@ -276,6 +276,27 @@ def test_another_recipe_under_the_same_name_is_refused(tmp_path: Path, monkeypat
     assert train.main(["nano", "--runs", str(tmp_path)]) == 0
     with pytest.raises(UserError, match=r"differs in: seed\)"):
         train.main(["nano", "seed=4", "--runs", str(tmp_path)])
+
+
+def test_settings_that_decide_no_number_may_change(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(steps.Steps, "execute", lambda self: True)
+    monkeypatch.setattr(train, "summary_table", lambda path: "")
+    nano = ["nano", "--runs", str(tmp_path)]
+    assert train.main(nano) == 0
+    manifest = tmp_path / "nano" / "manifest.json"
+    done = {name: {"status": "done"} for name in ("base", "init sft", "eval", "drift", "report")}
+    write_json(manifest, {**read_json(manifest), "steps": done})
+    changed = [*nano, "engine.micro_tokens=256", "engine.gradient_checkpointing=true"]
+    assert train.main(changed) == 0
+    assert "another engine.gradient_checkpointing, engine.micro_tokens" in capsys.readouterr().out
+    assert read_json(manifest)["steps"] == done
+    assert read_json(manifest)["recipe"]["engine"]["micro_tokens"] == 256
+    for decisive in ("init.epochs=1", "engine.zero_stage=1"):
+        with pytest.raises(UserError, match=rf"differs in: .*{decisive.partition('=')[0]}"):
+            train.main([*changed, decisive])
+    assert train.main([*changed, "eval.limit=3"]) == 0
+    assert set(read_json(manifest)["steps"]) == {"base", "init sft", "drift"}
+    assert len(read_json(manifest)["sessions"]) == 3
 
 
 @pytest.mark.parametrize(

@@ -306,7 +306,7 @@ def test_before_rl(tmp_path: Path) -> None:
     page = Page(build_report([truth.path], tmp_path / "report.html"))
     assert "SFT + RL: RL has not been run" in page.text
     assert "To make these: python -m gift.train nano seed=3" in page.text
-    assert "GIFT − SFT, all tasks" in page.text
+    assert "GIFT vs SFT, all tasks" in page.text
     assert "figure-3" not in page.ids
 
 
