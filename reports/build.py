@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gift.cli import UserError, progress, run_command
 from gift.records import write_text
+from reports import markdown
 from reports.overview import summary
 from reports.page import RunView, render, view
 from reports.rundata import load_run
@@ -60,6 +61,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--out", type=Path, help="the file to write (default: RUN/report.html; needed for several runs)"
     )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
     arguments = parser.parse_args(argv)
     if arguments.out is None and len(arguments.runs) > 1:
         raise UserError("several runs: name the file to write with --out report.html")
@@ -68,6 +70,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{out}: --out names a folder; give a file, e.g. {out / 'report.html'}")
     views = read_views(arguments.runs)
     write_text(out, render(views))
+    if arguments.markdown is not None:
+        write_text(arguments.markdown, "\n".join(map(markdown.page, views)))
     for one in views:
         print(to_text(one.summary))
         for command, gaps in by_command(one.missing).items():

@@ -25,7 +25,7 @@ OTHERS: tuple[tuple[str, Dash, str], ...] = (
 )
 BASE: tuple[str, Dash, str] = ("#9c9ca1", "dotted", "D")
 REST: tuple[str, Dash, str] = ("#9c9ca1", "dashdot", "X")
-FILLED_AND_HOLLOW = ("●○", "■□", "▲△", "▼▽", "◆◇", "✚✛", "✖✕", "⬢⬡", "◀◁", "▶▷", "⬟⬠", "★☆", "⬧⬨", "⬣⎔")
+FILLED_AND_HOLLOW = ("●○", "■□", "▲△", "▼▽", "◆◇", "✚✛", "✖✕", "⬢⬡", "◀◁", "▶▷", "⬟⬠", "★☆", "♦♢", "⬣⎔")
 GLYPHS = dict(zip("os^vDPXh<>p*dH", FILLED_AND_HOLLOW, strict=True))
 
 

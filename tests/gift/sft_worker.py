@@ -32,7 +32,7 @@ from gift.reference.cache import Demand
 from gift.reference.scoring import score
 
 VOCAB = 64
-LR = 1e-2
+LR = 5e-3
 SHARD_ALL = dict.fromkeys(gift.engine.STAGE_3, 0)  # ZeRO 3 would leave a model this small whole
 OPTIONS: dict[str, dict[str, float | str]] = {"gift": {"beta": 3.0}, "kd": {}, "psft": {}}
 OWN = {"objective": "gift", "cached": False, "tied": False, "lora": False, "updates": 1}

@@ -53,11 +53,8 @@ def numbers(rows: list[dict[str, Any]]) -> list[float]:
 @pytest.mark.parametrize("name", EXACT)
 def test_two_ranks_train_as_one_does(two_ranks, one_rank, name: str):
     ours, alone = two_ranks[name]["rows"], one_rank(CASES[name])
-    assert [row["event"] for row in ours] == ["validation", *["train"] * 3] + [
-        "validation",
-        *["train"] * 3,
-        "validation",
-    ]
+    epoch = ["train"] * 3 + ["validation"]
+    assert [row["event"] for row in ours] == ["validation", *epoch, *epoch]
     assert numbers(ours) == pytest.approx(numbers(alone), abs=1e-5, rel=0)
     for row, same in zip(ours, alone, strict=True):
         assert row.get("surprisal") == same.get("surprisal")
