@@ -147,7 +147,11 @@ def step_times(setting: Setting, data: list[Encoded], folder: Path, repetitions:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.stage1_step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--hidden", type=int, default=256, help="hidden size (default: 256)")
     parser.add_argument("--layers", type=int, default=4, help="layers (default: 4)")
     parser.add_argument("--vocab", type=int, default=32_000, help="vocabulary size (default: 32000)")

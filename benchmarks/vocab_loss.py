@@ -168,7 +168,11 @@ def resident(field: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.vocab_loss",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--vocab", type=int, default=151_936, help="vocabulary size V (default: Qwen2.5's 151936)")
     parser.add_argument("--width", type=int, default=896, help="hidden size H (default: 896, Qwen2.5-0.5B)")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens N (default: 1024)")

@@ -1,7 +1,8 @@
 """How much memory a training stage will take, part by part, from the model's shape alone: nothing is loaded.
 
 Some parts are there all the time, others in one phase of a step; the peak is the sum of the first and the largest sum
-of a phase. In bytes, with P parameters of b bytes, of which T are trained, on R ranks, and N tokens per micro-batch:
+of a phase. Loading comes before: what it takes is beside a few of the first alone. In bytes, with P parameters of b
+bytes, of which T are trained, on R ranks, and N tokens per micro-batch:
 
     parameters   b P, divided by R at ZeRO stage 3
     masters      what AdamW steps on where that is not the parameters themselves: m T, divided by R from stage 1
@@ -9,11 +10,13 @@ of a phase. In bytes, with P parameters of b bytes, of which T are trained, on R
     gradients    g T, divided by R from stage 2; twice that at stage 3, which converts them beside the accumulated ones
     activations  what the backward pass needs of each layer: see `layer_bytes`
     head         the LM head's gradient in fp32, 4 V H, and the tiles of logits of `gift.vocab`
+    whole        at stage 3 every rank holds the whole model, b P, before it is split; a reference likewise
 
 The formulas are those of a Llama-like decoder with sdpa attention, and of DeepSpeed 0.19; the numbers marked as
 measured are of this version, on a CPU; the formulas for a GPU have not been measured. Not counted: on a GPU, the CUDA
-context (about 0.5 GB) and fragmentation; in RL, the keys and values of sampling and what a vLLM engine reserves. The
-prediction is for the longest examples there may be and several micro-batches to a step; less than that takes less.
+context (about 0.5 GB) and fragmentation; the attention weights that `eager` keeps; in RL, the keys and values of
+sampling and what a vLLM engine reserves. The prediction is for the longest examples there may be and several
+micro-batches to a step; less than that takes less.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from gift.vocab.head import BLOCK_BYTES as PRODUCT_BYTES
 from gift.vocab.loss import CHUNK_BYTES, MOST_TOKENS
 
 MIB = 2**20
-Phase = Literal["forward", "backward", "embedding", "reduce", "step"]
+Phase = Literal["load", "forward", "backward", "embedding", "reduce", "step"]
 FLOAT32 = 4
 # Measured on Linux, x86-64, with the packages pinned in pyproject.toml: resident memory of a process on a CPU that has
 # imported the suite and passed a first batch through a model, and what ZeRO's modules add to it.
@@ -41,7 +44,7 @@ ZERO_BYTES = 45 * MIB
 KEPT_BY_MALLOC = 0.6
 REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default
 SUB_GROUP = 1_000_000_000  # elements that ZeRO 3 steps on at a time; DeepSpeed's default
-TOKEN_BYTES = 40  # of a token in an encoded example: a Python integer, and the pointer to it
+TOKEN_BYTES = 8  # of a token in an encoded example: the pointer to an integer that all examples share
 
 
 @dataclass(frozen=True)
@@ -121,9 +124,11 @@ class Part:
     name: str
     size: float
     phases: tuple[Phase, ...] = ()
-    """When it is there; always where this is empty."""
+    """When it is there; in every phase of a step where this is empty."""
     on_host: bool = False
     """In the host's memory even where the model is on a GPU."""
+    at_load: bool = False
+    """There in every phase, and while the model is loaded as well."""
 
 
 @dataclass(frozen=True)
@@ -145,13 +150,15 @@ class Prediction:
 
 
 def peak(parts: Iterable[Part]) -> int:
-    """The sum of what is always there and of the phase that takes most."""
+    """The sum of what is always there and of the phase that takes most, or what loading takes if that is more."""
     always, phases = 0.0, dict.fromkeys(get_args(Phase), 0.0)
     for part in parts:
         always += 0.0 if part.phases else part.size
         for phase in part.phases:
             phases[phase] += part.size
-    return round(always + max(phases.values()))
+        phases["load"] += part.size if part.at_load else 0.0
+    load = phases.pop("load")
+    return round(max(load, always + max(phases.values())))
 
 
 def predict(
@@ -175,17 +182,18 @@ def predict(
     """
     states = state_parts(shape, engine, ranks=ranks, on_gpu=on_gpu, lora=lora, optimizers=optimizers)
     parts = [*states, *pass_parts(shape, engine, micro_batch, on_gpu=on_gpu, lora=lora, recompute=recompute)]
+    parts += load_parts(shape, engine, on_gpu=on_gpu, reference=reference and lora is None)
     if reference:
-        if lora is None:
-            parts.append(Part("reference", frozen_bytes(shape, engine, ranks)))
+        if lora is None:  # split before the policy goes to the GPU, but while the whole policy is on a CPU
+            parts.append(Part("reference", frozen_bytes(shape, engine, ranks), at_load=on_gpu))
         if not recompute:
             parts.append(Part("reference's logits", tile_bytes(shape, micro_batch.tokens, on_gpu), ("forward",)))
-    parts.append(Part("encoded data", encoded_tokens * TOKEN_BYTES, on_host=True))
+    parts.append(Part("encoded data", encoded_tokens * TOKEN_BYTES, on_host=True, at_load=True))
     if not on_gpu:
         pieces = {"activations": 1, "reduced gradients": 2}
         freed = sum(part.size * pieces.get(part.name, 0) for part in parts)
         parts.append(Part("kept by malloc", KEPT_BY_MALLOC * freed))
-        parts.append(Part("process", PROCESS_BYTES + (ZERO_BYTES if engine.zero_stage else 0)))
+        parts.append(Part("process", PROCESS_BYTES + (ZERO_BYTES if engine.zero_stage else 0), at_load=True))
     return Prediction([part for part in parts if part.size], on_gpu)
 
 
@@ -201,6 +209,24 @@ def frozen_bytes(shape: Shape, engine: Engine, ranks: int) -> float:
     head = shape.vocab * shape.hidden
     decoder = shape.parameters if shape.tied else shape.parameters - head
     return width(engine) * (decoder / ranks + head)
+
+
+def load_parts(shape: Shape, engine: Engine, *, on_gpu: bool, reference: bool) -> list[Part]:
+    """Whole models, where that is not how they stay: on a GPU's host until moved, and where ZeRO 3 is to split them.
+
+    The policy is loaded first, the `reference` split first; a GPU never holds both whole.
+    """
+    policy = width(engine) * shape.parameters
+    base = policy if reference else 0
+    parts = []
+    if engine.zero_stage == 3:
+        copied = width(engine) * shape.vocab * shape.hidden if reference else 0  # the head, beside the model's own
+        parts.append(Part("whole parameters", policy, ("load",)))
+        parts.append(Part("whole reference", 0 if on_gpu else base + copied, ("load",)))
+    if on_gpu:
+        parts.append(Part("parameters as loaded", policy, ("load",), on_host=True))
+        parts.append(Part("reference as loaded", base, ("load",), on_host=True))
+    return parts
 
 
 def state_parts(
@@ -274,12 +300,14 @@ def layer_bytes(shape: Shape, engine: Engine, micro_batch: MicroBatch) -> float:
 
     Per token, in elements: input, normalised input and output of both norms, 6 H; queries, keys, values (repeated for
     every query head) and output of attention, 4 A; gate, its activation, up and their product, 4 I. The
-    norms keep their input in fp32, whatever the rest is in. The attention mask is dense: length x length of every row.
+    norms keep their input in fp32, whatever the rest is in. The attention mask is dense, length x length of every row,
+    but for flash attention, which has none.
     """
     element = width(engine)
     norms = 2 * (FLOAT32 + 2 * element) * shape.hidden
     rest = 4 * element * (shape.attention + shape.intermediate)
-    mask = element * micro_batch.rows * micro_batch.length**2
+    masked = engine.attention != "flash_attention_2"
+    mask = element * micro_batch.rows * micro_batch.length**2 if masked else 0
     return micro_batch.tokens * (norms + rest) + mask
 
 

@@ -116,10 +116,12 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> PreTrain
     return tokenizer
 
 
-def load_config(name: str | Path) -> Any:
+def load_config(name: str | Path, *, revision: str | None = None) -> Any:
     """The model configuration of a checkpoint folder or Hub repository. Raises UserError if it cannot be read."""
+    if is_local(name) and not Path(name).is_dir():
+        raise UserError(f"{name}: no such checkpoint folder")
     try:
-        return AutoConfig.from_pretrained(str(name), trust_remote_code=False)
+        return AutoConfig.from_pretrained(str(name), revision=revision, trust_remote_code=False)
     except Exception as error:  # same as above
         raise UserError(f"{name}: cannot read this model's config: {first_line(error)}") from error
 

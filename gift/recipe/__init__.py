@@ -1,7 +1,7 @@
 """A run's recipe: typed, strict, made of YAML files and `key=value` overrides."""
 
-from gift.recipe.files import RECIPES, find_recipe, load_recipe, recipes
-from gift.recipe.rules import check
+from gift.recipe.files import RECIPES, find_recipe, inline, load_recipe, recipes, shadowed
+from gift.recipe.rules import check, rl_warnings
 from gift.recipe.schema import (
     RL,
     Base,
@@ -19,7 +19,7 @@ from gift.recipe.schema import (
     Reference,
     Relift,
 )
-from gift.recipe.strict import as_tree, build
+from gift.recipe.strict import as_tree, build, leaves
 
 __all__ = [
     "RECIPES",
@@ -42,6 +42,10 @@ __all__ = [
     "build",
     "check",
     "find_recipe",
+    "inline",
+    "leaves",
     "load_recipe",
     "recipes",
+    "rl_warnings",
+    "shadowed",
 ]

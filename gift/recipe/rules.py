@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,14 @@ POSITIVE: dict[type, tuple[str, ...]] = {
 NOT_NEGATIVE: dict[type, tuple[str, ...]] = {
     Optimizer: ("warmup_steps", "weight_decay", "max_grad_norm"),
     Data: ("rl",),
-    RL: ("clip_low", "clip_high", "dual_clip", "kl_coef", "dynamic_sampling", "importance_cap", "validate_every"),
+    Relift: ("entropy_coef",),
+    RL: (
+        *("clip_low", "clip_high", "dual_clip", "kl_coef", "entropy_coef"),
+        *("dynamic_sampling", "importance_cap", "validate_every"),
+    ),
 }
+KeyOf = Callable[[str], str]
+"""From the name of a setting within a part of the recipe to its dotted key, for messages."""
 
 
 def check(recipe: Recipe, source: str) -> None:
@@ -57,18 +63,19 @@ def check(recipe: Recipe, source: str) -> None:
     with in_context(source):
         is_folder_name = Path(recipe.name).name == recipe.name and recipe.name not in ("", "..")
         require(is_folder_name, f"name {recipe.name!r} must be usable as a folder's name")
-        check_numbers(recipe, "")
+        check_numbers(recipe, str)
         check_engine(recipe.engine)
         check_base(recipe)
         require(recipe.reference.tolerance < 1, "reference.tolerance must lie between 0 and 1")
         if recipe.lora is not None:
             require(bool(recipe.lora.targets), "lora.targets is empty: name the layers to adapt")
-        check_init(recipe.init, "init")
+        check_init(recipe.init, "init.{}".format)
         if recipe.rl is not None:
-            check_rl(recipe.rl, "rl")
+            check_rl(recipe.rl, "rl.{}".format)
         require(bool(recipe.methods), "methods is empty: name at least one, such as sft: {objective: sft, label: SFT}")
         for name in recipe.methods:
             check_method(recipe, name)
+        check_labels(recipe)
 
 
 @contextmanager
@@ -86,19 +93,19 @@ def require(holds: bool, message: str) -> None:
         raise UserError(message)
 
 
-def check_numbers(settings: Any, key: str) -> None:
-    """Raises UserError for a number out of its range in a dataclass, or in one that it holds."""
+def check_numbers(settings: Any, key_of: KeyOf, part: str = "") -> None:
+    """Raises UserError for a number out of its range in a dataclass, the `part` of a larger one, or in its parts."""
     for name in POSITIVE.get(type(settings), ()):
         value = getattr(settings, name)
-        require(value is None or 0 < value < math.inf, f"{dotted(key, name)} must be positive, got {value}")
+        require(value is None or 0 < value < math.inf, f"{key_of(dotted(part, name))} must be positive, got {value}")
     for name in NOT_NEGATIVE.get(type(settings), ()):
         value = getattr(settings, name)
-        require(0 <= value < math.inf, f"{dotted(key, name)} must not be negative, got {value}")
+        require(0 <= value < math.inf, f"{key_of(dotted(part, name))} must not be negative, got {value}")
     if isinstance(settings, Optimizer):
-        require(all(0 <= beta < 1 for beta in settings.betas), f"{key}.betas must lie in [0, 1)")
+        require(all(0 <= beta < 1 for beta in settings.betas), f"{key_of(dotted(part, 'betas'))} must lie in [0, 1)")
     for entry in dataclasses.fields(settings):
-        if dataclasses.is_dataclass(part := getattr(settings, entry.name)):
-            check_numbers(part, dotted(key, entry.name))
+        if dataclasses.is_dataclass(inner := getattr(settings, entry.name)):
+            check_numbers(inner, key_of, dotted(part, entry.name))
 
 
 def check_engine(engine: Engine) -> None:
@@ -127,24 +134,26 @@ def check_base(recipe: Recipe) -> None:
         )
 
 
-def check_init(init: Init, key: str) -> None:
+def check_init(init: Init, key_of: KeyOf) -> None:
     """Raises UserError for a stage 1 that could not be run."""
     divides = init.batch_size % init.updates_per_batch == 0
-    require(divides, f"{key}.batch_size must be a multiple of {key}.updates_per_batch")
+    require(divides, f"{key_of('batch_size')} must be a multiple of {key_of('updates_per_batch')}")
     exists = init.select_epoch is None or init.select_epoch <= init.epochs
-    require(exists, f"{key}.select_epoch is {init.select_epoch}, but {key}.epochs is {init.epochs}")
+    require(exists, f"{key_of('select_epoch')} is {init.select_epoch}, but {key_of('epochs')} is {init.epochs}")
 
 
-def check_rl(rl: RL, key: str) -> None:
+def check_rl(rl: RL, key_of: KeyOf) -> None:
     """Raises UserError for a stage 2 that could not be run, or could not learn."""
-    require(rl.group_size > 1, f"{key}.group_size must be at least 2: the advantage of a group of one is always 0")
+    require(rl.group_size > 1, f"{key_of('group_size')} must be at least 2: a group of one has no advantage")
     divides = rl.batch_size % rl.updates_per_batch == 0
-    require(divides, f"{key}.batch_size must be a multiple of {key}.updates_per_batch")
-    require(rl.clip_low <= 1, f"{key}.clip_low must lie in [0, 1]")
-    require(rl.dual_clip == 0 or rl.dual_clip > 1, f"{key}.dual_clip must be above 1, or 0 to turn it off")
+    require(divides, f"{key_of('batch_size')} must be a multiple of {key_of('updates_per_batch')}")
+    require(rl.clip_low <= 1, f"{key_of('clip_low')} must lie in [0, 1]")
+    require(rl.dual_clip == 0 or rl.dual_clip > 1, f"{key_of('dual_clip')} must be above 1, or 0 to turn it off")
+    capped = rl.importance_cap == 0 or rl.importance_cap >= 1
+    require(capped, f"{key_of('importance_cap')} must be at least 1, or 0 to turn it off")
     require(
         rl.luffy.demonstrations < rl.group_size,
-        f"{key}.luffy.demonstrations must be below {key}.group_size, or nothing would be sampled",
+        f"{key_of('luffy.demonstrations')} must be below {key_of('group_size')}, or nothing would be sampled",
     )
 
 
@@ -163,16 +172,63 @@ def check_method(recipe: Recipe, name: str) -> None:
     require(init is not None or rl is not None, f"{key}: neither an objective nor RL: nothing would be trained")
     problems = "data.sft + data.rl" if method.data == "joint" else None
     if init is not None:
-        where = f"{key}.init" if method.init else "init"
-        check_numbers(init, where)
-        check_init(init, where)
+        key_of = origin(method.init, f"{key}.init", "init")
+        check_numbers(init, key_of)
+        check_init(init, key_of)
         enough = recipe.problems_of(name, "init") >= init.batch_size
-        require(enough, f"{problems or 'data.sft'} is smaller than {where}.batch_size: no step could be made")
+        require(enough, f"{problems or 'data.sft'} is smaller than {key_of('batch_size')}: no step could be made")
     if rl is not None:
-        where = f"{key}.rl" if method.rl else "rl"
         answered = recipe.data.answer is not None
         require(answered, f"data.answer is null, but RL rewards answers: set {key}.rl to null, or name their column")
-        check_numbers(rl, where)
-        check_rl(rl, where)
+        key_of = origin(method.rl or {}, f"{key}.rl", "rl")
+        check_numbers(rl, key_of)
+        check_rl(rl, key_of)
         enough = recipe.problems_of(name, "rl") >= rl.batch_size
-        require(enough, f"{problems or 'data.rl'} is smaller than {where}.batch_size: no step could be made")
+        require(enough, f"{problems or 'data.rl'} is smaller than {key_of('batch_size')}: no step could be made")
+
+
+def check_labels(recipe: Recipe) -> None:
+    """Raises UserError for a method without a label, or with that of another."""
+    owners: dict[str, str] = {}
+    for name, method in recipe.methods.items():
+        label = method.label.strip()
+        require(bool(label), f"methods.{name}.label is empty: it names the method in tables and figures")
+        require(label not in owners, f"methods.{name}.label {label!r} is that of methods.{owners.get(label)} already")
+        owners[label] = name
+
+
+def origin(changes: Mapping[str, Any], own: str, shared: str) -> KeyOf:
+    """For a stage of a method, where each setting was set: in the method's `changes`, else in the shared settings."""
+
+    def key_of(name: str) -> str:
+        node: Any = changes
+        for part in name.split("."):
+            if not isinstance(node, Mapping) or part not in node:
+                return f"{shared}.{name}"
+            node = node[part]
+        return f"{own}.{name}"
+
+    return key_of
+
+
+def rl_warnings(rl: RL) -> list[str]:
+    """What to tell a user whose strategy is not its authors', or who changed what has no effect: a line each."""
+    found = []
+    if rl.algorithm != "grpo":
+        authors = {"luffy": "LUFFY", "relift": "ReLIFT"}[rl.algorithm]
+        if rl.clip:
+            found.append(f"rl.clip is true, but {authors}'s authors do not clip the ratio: set rl.clip to false")
+        if rl.aggregation != "seq_sum_norm":
+            found.append(
+                f"rl.aggregation is {rl.aggregation}, but {authors}'s authors divide token losses by a constant:"
+                " set rl.aggregation to seq_sum_norm"
+            )
+    unused: list[tuple[bool, tuple[str, ...], str]] = [
+        (rl.aggregation != "seq_sum_norm", ("norm_length",), f"aggregation is {rl.aggregation}"),
+        (not rl.clip, ("clip_low", "clip_high", "dual_clip"), "clip is false"),
+        (rl.kl_coef == 0, ("kl_estimator",), "kl_coef is 0"),
+    ]
+    for is_unused, names, reason in unused:
+        changed = [name for name in names if getattr(rl, name) != getattr(RL(), name)]
+        found += [f"rl.{name} has no effect while rl.{reason}" for name in changed if is_unused]
+    return found

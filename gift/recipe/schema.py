@@ -171,7 +171,7 @@ class Relift:
     buffer: int = 128
     """How many of them make a step."""
     entropy_coef: float = 0.001
-    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-6))
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-6, betas=(0.9, 0.999)))
     """The SFT step's own AdamW."""
 
 
@@ -277,8 +277,10 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeFile(Recipe):
-    """What a file may say beside the recipe itself; both are used up when it is loaded."""
+    """What a file may say beside the recipe itself; all of it is used up when it is loaded."""
 
+    methods: dict[str, Method | None]  # type: ignore[assignment]
+    """null takes away a method of the recipes that this one builds upon."""
     extends: str | tuple[str, ...] = ()
     """Recipes (names, or YAML files relative to this one) that this one builds upon; the later of two wins."""
     objectives: dict[str, dict[str, float | str]] = field(default_factory=dict)

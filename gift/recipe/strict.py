@@ -7,12 +7,13 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, Union
 
 from gift.cli import UserError, nearest
 
 T = TypeVar("T")
+PLAIN_NAMES = {float: "a number", str: "a name", tuple: "a list"}  # of types that are one choice among several
 
 
 def build(kind: type[T], tree: Any, source: str = "", key: str = "") -> T:
@@ -63,6 +64,15 @@ def completed(entry: dataclasses.Field[Any], value: Any) -> Any:
     if isinstance(value, Mapping) and dataclasses.is_dataclass(default) and not isinstance(default, type):
         return merge(dataclasses.asdict(default), value)
     return value
+
+
+def leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """What a tree of mappings holds that is no mapping itself, each with its dotted key."""
+    if not isinstance(tree, Mapping):
+        yield key, tree
+        return
+    for name, part in tree.items():
+        yield from leaves(part, dotted(key, name))
 
 
 def dotted(key: str, name: object) -> str:
@@ -120,10 +130,13 @@ class _Builder:
         if value is None and type(None) in kinds:
             return None
         *others, last = [kind for kind in kinds if kind is not type(None)]
-        for kind in others:
+        if not others:
+            return self.convert(last, value, key)
+        for kind in (*others, last):
             with contextlib.suppress(UserError):
                 return self.convert(kind, value, key)
-        return self.convert(last, value, key)
+        names = " or ".join(PLAIN_NAMES[typing.get_origin(kind) or kind] for kind in (*others, last))
+        raise self.error(f"{key} must be {names}, got {value!r:.60}")
 
     def literal(self, options: tuple[Any, ...], value: Any, key: str) -> Any:
         if not any(type(value) is type(option) and value == option for option in options):
@@ -149,4 +162,6 @@ class _Builder:
                     return number
         elif type(value) is kind:
             return value
-        raise self.error(f"{key} must be {kind.__name__}, got {value!r:.60}")
+        is_word = kind is str and isinstance(value, bool)
+        hint = "; quote it: YAML takes on, off, yes and no for truth values" if is_word else ""
+        raise self.error(f"{key} must be {kind.__name__}, got {value!r:.60}{hint}")

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 import gift.engine
 from gift import sft
-from gift.batches import Encoded
+from gift.batches import IGNORED, Encoded
 from gift.distributed import init_distributed, quiet_libraries, rank, total_over_ranks, world_size
 from gift.engine import FrozenEngine
 from gift.lora import add_adapters
@@ -109,13 +109,14 @@ def main(folder: Path) -> None:
     init_distributed()
     quiet_libraries()
     idle = [0.0] * world_size()
-    without_labels = sft.without_labels
+    made = sft.Trainer.micro_batches
 
-    def counted(micro_batch: dict[str, Any]) -> dict[str, Any]:
-        idle[rank()] += 1
-        return without_labels(micro_batch)
+    def counted(*arguments: Any, **options: Any) -> list[dict[str, Any]]:
+        found = made(*arguments, **options)
+        idle[rank()] += sum(bool((micro_batch["labels"] == IGNORED).all()) for micro_batch in found)
+        return found
 
-    sft.without_labels = counted
+    sft.Trainer.micro_batches = counted  # type: ignore[method-assign]
     found = {}
     for name, case in CASES.items():
         idle[:] = [0.0] * world_size()

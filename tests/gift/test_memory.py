@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,20 @@ from transformers import Qwen2Config
 
 from gift import nano
 from gift.batches import pieces
+from gift.data import Example, encode_all
 from gift.lora import add_adapters
-from gift.memory import MicroBatch, Part, Prediction, Shape, layer_bytes, predict
+from gift.memory import (
+    PROCESS_BYTES,
+    TOKEN_BYTES,
+    ZERO_BYTES,
+    MicroBatch,
+    Part,
+    Prediction,
+    Shape,
+    layer_bytes,
+    predict,
+)
+from gift.models import load_tokenizer
 from gift.recipe import Engine, LoRA, Pretrain
 
 MID = Qwen2Config(
@@ -181,6 +195,46 @@ def test_the_peak_is_what_is_always_there_and_the_largest_phase():
     assert (Prediction(parts, on_gpu=False).peak, Prediction(parts, on_gpu=False).host) == (112, 0)
 
 
+def test_loading_comes_before_what_training_alone_has():
+    parts = [
+        Part("process", 1, at_load=True),
+        Part("moments", 7),
+        Part("whole", 9, ("load",)),
+        Part("forward", 1, ("forward",)),
+    ]
+    assert Prediction(parts, on_gpu=False).peak == 10
+    assert Prediction([*parts, Part("step", 3, ("step",))], on_gpu=False).peak == 11
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_every_rank_holds_the_whole_model_before_zero_3_splits_it(on_gpu):
+    """Of so many ranks that a rank's own part is next to nothing."""
+    engine = Engine(zero_stage=3, micro_tokens=1, gradient_checkpointing=True)
+    whole, head = 2 * SEVEN_B.parameters, 2 * SEVEN_B.vocab * SEVEN_B.hidden
+
+    def found(reference: bool) -> Prediction:
+        return predict(SEVEN_B, engine, MicroBatch(1, 1), ranks=10_000, on_gpu=on_gpu, reference=reference)
+
+    process = 0 if on_gpu else PROCESS_BYTES + ZERO_BYTES
+    assert found(False).peak == pytest.approx(whole + process, rel=1e-6)
+    # On a GPU the reference is split, but for its head, before the policy comes; on a CPU both are whole at once.
+    assert found(True).peak == pytest.approx(whole + head + (0 if on_gpu else whole) + process, rel=1e-3)
+    assert found(True).host == (2 * whole if on_gpu else 0)
+
+
+def test_an_encoded_token_takes_what_the_formula_says(tiny_checkpoint):
+    tokenizer, rng = load_tokenizer(tiny_checkpoint), random.Random(0)
+    text = [" ".join(str(rng.randrange(1000)) for _ in range(500)) for _ in range(50)]
+    examples = [Example(str(number), "q", response, "1") for number, response in enumerate(text)]
+    tracemalloc.start()
+    encoded, _ = encode_all(tokenizer, examples, 100_000)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    tokens = sum(len(example.ids) for example in encoded)
+    assert tokens > 50_000
+    assert taken == pytest.approx(TOKEN_BYTES * tokens, rel=0.15)
+
+
 def sizes(ranks: int = 8, lora: LoRA | None = None, **settings) -> dict[str, float]:
     """Bytes of each part of a 7B model on GPUs."""
     prediction = predict(
@@ -213,7 +267,7 @@ def test_offload_moves_to_the_host():
     def host(offload: str) -> set[str]:
         engine = Engine(zero_stage=3, offload=offload)  # type: ignore[arg-type]
         found = predict(SEVEN_B, engine, MicroBatch(1, 8192), ranks=8, on_gpu=True, encoded_tokens=1)
-        return {part.name for part in found.parts if part.on_host}
+        return {part.name for part in found.parts if part.on_host and part.phases != ("load",)}
 
     assert host("none") == {"encoded data"}
     assert host("optimizer") == {"encoded data", "masters", "moments", "gradients"}
@@ -225,6 +279,12 @@ def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others():
     stream = 2 * SEVEN_B.hidden * 16_384
     layer = layer_bytes(SEVEN_B, Engine(), MicroBatch(2, 8192))
     assert whole["activations"] - checkpointed["activations"] == pytest.approx(27 * layer - 28 * stream)
+
+
+def test_flash_attention_has_no_mask():
+    batch, length = MicroBatch(2, 8192), 8192
+    dense, flash = (layer_bytes(SEVEN_B, Engine(attention=name), batch) for name in ("sdpa", "flash_attention_2"))
+    assert dense - flash == 2 * 2 * length**2
 
 
 def test_adapters_need_neither_a_second_model_nor_a_gradient_of_the_head():

@@ -66,7 +66,7 @@ def test_one_key_of_a_part_leaves_its_other_defaults(file):
     recipe = load_recipe(str(file), ["rl.optimizer.lr=2e-6", "rl.relift.optimizer.max_grad_norm=0.5", "lora.rank=8"])
     assert recipe.rl is not None
     assert recipe.rl.optimizer == Optimizer(lr=2e-6, betas=(0.9, 0.999))
-    assert recipe.rl.relift.optimizer == Optimizer(lr=1e-6, max_grad_norm=0.5)
+    assert recipe.rl.relift.optimizer == Optimizer(lr=1e-6, betas=(0.9, 0.999), max_grad_norm=0.5)
     assert recipe.lora == schema.LoRA(rank=8)
 
 
@@ -179,7 +179,12 @@ def test_a_missing_key_is_named(file, key):
         ("init.optimizer.lr=true", "init.optimizer.lr must be float, got True"),
         ("init.optimizer.lr=nan", "init.optimizer.lr must be float, got 'nan'"),
         ("rl.temperature=[1]", "rl.temperature must be float, got [1]"),
-        ("methods.gift.options.beta=[1]", "methods.gift.options.beta must be str, got [1]"),
+        ("methods.gift.options.beta=[1]", "methods.gift.options.beta must be a number or a name, got [1]"),
+        ("methods.gift.options.beta=null", "methods.gift.options.beta must be a number or a name, got None"),
+        (
+            "methods.sft.label=off",
+            "methods.sft.label must be str, got False; quote it: YAML takes on, off, yes and no for truth values",
+        ),
         ("methods.gift.options=20", "methods.gift.options must be a mapping of keys to values, got 20"),
         ("methods=[sft]", "methods must be a mapping of keys to values, got ['sft']"),
         ("methods.sft=sft", "methods.sft must be a mapping of keys to values, got 'sft'"),
@@ -221,7 +226,12 @@ def test_a_wrong_type_names_file_key_and_value(file, override, message):
         ("rl.updates_per_batch=3", "rl.batch_size must be a multiple of rl.updates_per_batch"),
         ("rl.dual_clip=0.5", "rl.dual_clip must be above 1, or 0"),
         ("rl.clip_low=1.5", "rl.clip_low must lie in [0, 1]"),
+        ("rl.importance_cap=0.5", "rl.importance_cap must be at least 1, or 0 to turn it off"),
         ("rl.luffy.demonstrations=8", "rl.luffy.demonstrations must be below rl.group_size"),
+        ("methods.sft.label=''", "methods.sft.label is empty"),
+        ("methods.sft.label=' '", "methods.sft.label is empty"),
+        ("methods.gift.label=SFT", "methods.gift.label 'SFT' is that of methods.sft already"),
+        ("methods.gift.label='SFT '", "methods.gift.label 'SFT' is that of methods.sft already"),
         ("init.select_epoch=7", "init.select_epoch is 7, but init.epochs is 6"),
         ("init.updates_per_batch=3", "init.batch_size must be a multiple of init.updates_per_batch"),
         ("init.optimizer.betas=[0.9, 1.0]", "init.optimizer.betas must lie in [0, 1)"),
@@ -264,7 +274,10 @@ def test_weights_are_not_negative(file, key):
         ("init={epochs: 1.5}", "methods.gift.init.epochs must be int, got 1.5"),
         ("init={epochs: 0}", "methods.gift.init.epochs must be positive, got 0"),
         ("init={optimizer: {lr: -1}}", "methods.gift.init.optimizer.lr must be positive, got -1.0"),
-        ("init={select_epoch: 9}", "methods.gift.init.select_epoch is 9, but methods.gift.init.epochs is 6"),
+        ("init={select_epoch: 9}", "methods.gift.init.select_epoch is 9, but init.epochs is 6"),
+        ("init={updates_per_batch: 5}", "init.batch_size must be a multiple of methods.gift.init.updates_per_batch"),
+        ("rl={optimizer: {betas: [0.9, 1]}}", "methods.gift.rl.optimizer.betas must lie in [0, 1)"),
+        ("rl={luffy: {demonstrations: 9}}", "methods.gift.rl.luffy.demonstrations must be below rl.group_size"),
         ("init={batch_size: 512}", "data.sft is smaller than methods.gift.init.batch_size"),
         ("rl={algorithm: ppo}", "methods.gift.rl.algorithm is 'ppo'"),
         ("rl={group_size: 1}", "methods.gift.rl.group_size must be at least 2"),
@@ -274,6 +287,15 @@ def test_weights_are_not_negative(file, key):
 )
 def test_what_a_method_changes_is_checked_at_load(file, change, message):
     assert error_of(file, f"methods.gift.{change}").startswith(f"{file}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("stage", "change"), [("init", "{epochs: 1}"), ("init", "{optimizer: {lr: 1e-6}}"), ("rl", "{epochs: 2}")]
+)
+def test_a_shared_setting_is_not_blamed_on_the_method_that_changes_others(file, stage, change):
+    subset = "sft" if stage == "init" else "rl"
+    message = error_of(file, f"methods.gift.{stage}={change}", f"{stage}.batch_size=20000")
+    assert message.startswith(f"{file}: data.{subset} is smaller than {stage}.batch_size")
 
 
 def test_data_without_answers_serve_methods_without_rl(file):
@@ -308,7 +330,7 @@ def test_a_base_that_cannot_be_made_is_refused(settings):
     assert "base.pretrain." in error_of("nano", *(f"base.pretrain.{setting}" for setting in settings))
 
 
-@pytest.mark.parametrize("override", ["seed", "=1", "seed=[1", "base.model.x=1"])
+@pytest.mark.parametrize("override", ["seed", "=1", "seed=[1", "base.model.x=1", "name=2026-13-45"])
 def test_a_malformed_override_is_named(file, override):
     assert error_of(file, override).startswith(repr(override))
 
@@ -324,6 +346,7 @@ def test_files_that_are_no_recipes(tmp_path):
         ("empty.yaml", "", "a recipe must be a mapping of keys to values, got None"),
         ("broken.yaml", "a: [1\nb: 2", "not valid YAML: "),
         ("tagged.yaml", "a: !!python/object:os.system {}", "not valid YAML: "),
+        ("day.yaml", "name: 2026-13-45", "not valid YAML: month must be in 1..12"),
     ]:
         (tmp_path / name).write_text(content)
         assert error_of(tmp_path / name).startswith(f"{tmp_path / name}: {message}")
@@ -332,19 +355,46 @@ def test_files_that_are_no_recipes(tmp_path):
 @pytest.mark.parametrize(
     ("text", "key", "lines"),
     [
-        (BASE + "seed: 1\nseed: 2\n", "seed", (9, 8)),
-        (BASE.replace("{lr: 1e-5}", "{lr: 1e-5, lr: 2e-5}"), "lr", (7, 7)),
-        (BASE.replace("  gift:", "  sft:"), "sft", (6, 5)),
+        (BASE + "seed: 1\nseed: 2\n", "seed", "lines 8 and 9"),
+        (BASE.replace("{lr: 1e-5}", "{lr: 1e-5, lr: 2e-5}"), "lr", "line 7"),
+        (BASE.replace("  gift:", "  sft:"), "sft", "lines 5 and 6"),
     ],
 )
 def test_a_key_that_stands_twice_is_named_with_its_lines(file, text, key, lines):
     file.write_text(text)
-    line, first = lines
-    assert error_of(file) == f"{file}: not valid YAML: key {key!r} in line {line} stands in line {first} already"
+    assert error_of(file) == f"{file}: not valid YAML: key {key!r} stands twice ({lines})"
 
 
 def test_a_key_that_stands_twice_in_an_override(file):
-    assert error_of(file, "rl={epochs: 1, epochs: 2}").startswith("'rl={epochs: 1, epochs: 2}'")
+    assert error_of(file, "rl={epochs: 1, epochs: 2}") == "'rl={epochs: 1, epochs: 2}': key 'epochs' stands twice"
+
+
+@pytest.mark.parametrize("word", ["on", "off", "yes", "No"])
+def test_a_name_that_yaml_takes_for_a_truth_value_is_to_be_quoted(file, word):
+    method = "{objective: sft, label: L}"
+    file.write_text(BASE.replace("  gift:", f"  {word}: {method}\n  gift:"))
+    assert error_of(file) == f"{file}: not valid YAML: key {word!r} is a truth value: quote it (line 6)"
+    message = error_of("nano", f"methods={{{word}: {method}}}")
+    assert message == f"'methods={{{word}: {method}}}': key {word!r} is a truth value: quote it"
+    file.write_text(BASE.replace("  gift:", f"  '{word}': {method}\n  gift:"))
+    assert word in load_recipe(str(file), [f"methods.{word}.rl=null"]).methods
+
+
+@pytest.mark.parametrize("number", ["0100", "00", "-010", "0_1"])
+def test_an_octal_integer_is_refused(file, number):
+    hint = f"{number} is octal: leave out the leading 0, or quote it if it is a name"
+    assert error_of(file, f"seed={number}") == f"'seed={number}': {hint}"
+    file.write_text(f"{BASE}seed: {number}\n")
+    assert error_of(file) == f"{file}: not valid YAML: {hint} (line 8)"
+
+
+def test_integers_that_are_not_octal(file):
+    for text, value in [("0", 0), ("-5", -5), ("10_000", 10_000), ("0x10", 16), ("08", None)]:
+        if value is None:
+            assert error_of(file, f"seed={text}") == f"{file}: seed must be int, got '08'"
+        else:
+            assert load_recipe(str(file), [f"seed={text}"]).seed == value
+    assert load_recipe(str(file), ["base.revision='0100'"]).base.revision == "0100"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,7 +452,7 @@ def test_mistakes_in_what_is_extended(file):
     for text, message in [
         ("extends: nan", "extends: no recipe 'nan' (did you mean 'nano'?)"),
         ("extends: gone.yaml", f"extends: {folder}/gone.yaml: no such recipe file"),
-        ("extends: 3", "extends must be a list, got 3"),
+        ("extends: 3", "extends must be a name or a list, got 3"),
         ("extends: top.yaml", "extends itself (top -> top)"),
         ("extends: round.yaml", "extends itself (top -> round -> top)"),
     ]:
@@ -415,11 +465,28 @@ def test_a_mistake_is_named_with_the_file_it_is_in(file):
     for text, message in [
         ("sed: 1", "unknown key 'sed' (did you mean 'seed'?)"),
         ("init: {epochs: x}", "init.epochs must be int, got 'x'"),
-        ("seed: 1\nseed: 1", "not valid YAML: key 'seed' in line 2 stands in line 1 already"),
+        ("seed: 1\nseed: 1", "not valid YAML: key 'seed' stands twice (lines 1 and 2)"),
     ]:
         write(folder, part=text, top="extends: [mine.yaml, part.yaml]")
         assert error_of(folder / "top.yaml") == f"{folder}/part.yaml: {message}"
     assert error_of(f"{file}+{folder}/part.yaml+nan").startswith("no recipe 'nan'")
+
+
+def test_null_takes_a_method_away(file):
+    assert list(load_recipe(str(file), ["methods.sft=null"]).methods) == ["gift"]
+    assert list(load_recipe("nano-all", ["methods.relift=null", "methods.luffy=null"]).methods) == [
+        row for row in LABELS if row not in ("relift", "luffy")
+    ]
+    write(
+        file.parent,
+        less="extends: mine.yaml\nmethods: {gift: null}",
+        back="methods: {gift: {label: G, objective: dft}}",
+    )
+    assert list(load_recipe(f"{file.parent}/less.yaml").methods) == ["sft"]
+    assert load_recipe(f"{file.parent}/less.yaml+{file.parent}/back.yaml").methods["gift"].label == "G"
+    assert error_of(file, "methods.sft=null", "methods.gift=null").startswith(f"{file}: methods is empty")
+    message = error_of(file, "methods.gif=null")
+    assert message == "'methods.gif=null': there is no method 'gif' to take away (did you mean 'gift'?)"
 
 
 def test_extends_belongs_into_files(file):
@@ -454,6 +521,66 @@ def test_options_of_an_objective_are_those_of_its_methods(file):
 )
 def test_mistakes_in_the_options_of_an_objective(file, override, message):
     assert error_of(file, override).startswith(f"{file}: {message}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Warnings
+
+
+@pytest.mark.parametrize(
+    ("changes", "warnings"),
+    [
+        ({}, []),
+        ({"clip_high": 0.28, "kl_coef": 0.1, "kl_estimator": "k1", "dual_clip": 0.0}, []),
+        ({"aggregation": "seq_sum_norm", "norm_length": 100}, []),
+        ({"norm_length": 100}, ["rl.norm_length has no effect while rl.aggregation is token_mean"]),
+        ({"kl_estimator": "k1"}, ["rl.kl_estimator has no effect while rl.kl_coef is 0"]),
+        (
+            {"clip": False, "clip_low": 0.1, "clip_high": 0.3, "dual_clip": 0.0},
+            [f"rl.{name} has no effect while rl.clip is false" for name in ("clip_low", "clip_high", "dual_clip")],
+        ),
+        ({"algorithm": "luffy", "clip": False, "aggregation": "seq_sum_norm"}, []),
+        (
+            {"algorithm": "relift"},
+            [
+                "rl.clip is true, but ReLIFT's authors do not clip the ratio: set rl.clip to false",
+                "rl.aggregation is token_mean, but ReLIFT's authors divide token losses by a constant: set"
+                " rl.aggregation to seq_sum_norm",
+            ],
+        ),
+    ],
+)
+def test_settings_without_effect_and_strategies_that_are_not_their_authors_are_told(changes, warnings):
+    assert schema.rl_warnings(schema.RL(**changes)) == warnings
+
+
+def test_no_recipe_of_the_suite_gives_a_warning():
+    for name in ("qwen2.5-7b+all-rows", "llama-3.1-8b+all-rows", "nano-all"):
+        recipe = load_recipe(name)
+        assert [warning for row in LABELS if (rl := recipe.rl_of(row)) for warning in schema.rl_warnings(rl)] == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warnings"),
+    [
+        (["rl.entropy_coef=0.01"], ["rl.entropy_coef=0.01 does not reach luffy, which has 0.001"]),
+        (["rl={entropy_coef: 0.01, epochs: 2}"], ["rl.entropy_coef=0.01 does not reach luffy, which has 0.001"]),
+        (["rl.optimizer.max_grad_norm=2"], ["rl.optimizer.max_grad_norm=2.0 does not reach luffy, which has 0.0156"]),
+        (["rl.clip=true"], ["rl.clip=true does not reach luffy, which has false"]),
+        (["init.updates_per_batch=2"], ["init.updates_per_batch=2 does not reach psft, which has 8"]),
+        (["rl.entropy_coef=0.001"], []),
+        (["rl.entropy_coef=0.01", "rl.entropy_coef=0.001"], []),
+        (["rl.entropy_coef=0.01", "methods.luffy.rl.entropy_coef=0.1"], []),
+        (["rl.entropy_coef=0.01", "methods.luffy.rl={algorithm: luffy, entropy_coef: 0.1}"], []),
+        (["rl.entropy_coef=0.01", "methods.luffy=null"], []),
+        (["rl.temperature=0.5", "rl.optimizer.betas=[0.9, 0.99]", "seed=1"], []),
+        (["rl=null", "methods.luffy=null"], []),
+    ],
+)
+def test_an_override_that_does_not_reach_a_method_is_told(overrides, warnings):
+    found = schema.shadowed(load_recipe("qwen2.5-7b+luffy+psft", overrides), overrides)
+    assert [text.partition(":")[0] for text in found] == warnings
+    assert all(f": set methods.{text.partition(' reach ')[2].partition(',')[0]}." in text for text in found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -510,7 +637,9 @@ def test_every_row_has_a_recipe_for_both_backbones(backbone, row):
     if rl:
         assert (rl.batch_size, rl.updates_per_batch, rl.group_size, rl.max_tokens) == (128, 2, 8, 8192)
         assert (rl.algorithm, rl.clip) == ((row, False) if row in ("luffy", "relift") else ("grpo", True))
-        assert rl.optimizer.max_grad_norm == (0.7 if row == "relift" else 1.0)
+        authors = {"luffy": 1.0, "relift": 0.7}.get(row)  # of gradients 64 times as large
+        assert rl.optimizer.max_grad_norm == (1.0 if authors is None else pytest.approx(authors / 64, abs=5e-5))
+        assert rl.relift.optimizer == Optimizer(lr=1e-6, betas=(0.9, 0.999), weight_decay=0.01, max_grad_norm=1.0)
         assert (rl.optimizer.lr, rl.temperature, rl.normalize_std, rl.kl_coef) == (1e-6, 1.0, False, 0.0)
 
 

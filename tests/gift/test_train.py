@@ -201,13 +201,15 @@ def test_two_ranks_train_as_one_does(finished: Command, tmp_path: Path, engine: 
     job.recipe.write_text(TINY.replace("{zero_stage: 0, dtype: float32}", json.dumps(engine)))
     code, _, err = job.finish(ranks=2)
     assert code == 0, err
-    tolerance = 1e-5 if engine["dtype"] == "float32" else 0.05
+    tolerance = 1e-5 if engine["dtype"] == "float32" else 5e-3
 
     def losses(one: Command) -> list[float]:
         rows = read_jsonl(one.run / "metrics.jsonl")
         return [row["nll"] for row in rows if row["stage"] == "init" and row["event"] == "train"]
 
-    assert losses(job) == pytest.approx(losses(finished), rel=tolerance)
+    assert losses(job) == pytest.approx(losses(finished), abs=tolerance, rel=0)
+    first, *_, last = losses(finished)
+    assert first - last > 20 * tolerance, "what is learnt is so little that a run without updates would pass"
 
 
 @pytest.mark.slow
