@@ -29,7 +29,7 @@ from gift.lora import add_adapters
 from gift.materials import base_folder, subsets_of, tokens_of, with_template
 from gift.models import device, load_model, load_tokenizer
 from gift.objectives import OBJECTIVES, label_weight, needs_reference, resolve, warnings_for
-from gift.recipe import Recipe
+from gift.recipe import Recipe, rl_warnings
 from gift.records import JsonlLog, RunDir, remove, sha256_weights, utc_now
 from gift.reference import CachedReference, OnlineReference
 from gift.reference.cache import demands_of, key_of, scored_subsets
@@ -162,6 +162,8 @@ class Job:
         recipe = self.recipe
         settings = recipe.rl_of(name)
         assert settings is not None
+        for warning in rl_warnings(settings):
+            announce(f"  {name}: {warning}")
         model, tokenizer = self._start("base" if recipe.methods[name].objective is None else name)
         policy = f"{name}-rl"
         rollouts = self.run.path / "rollouts" / policy / f"rank-{rank()}.jsonl"

@@ -25,7 +25,7 @@ from gift.job import Job
 from gift.models import check_checkpoint, is_local
 from gift.plan import plan
 from gift.provenance import code_version, hardware, package_versions
-from gift.recipe import Recipe, as_tree, load_recipe, recipes
+from gift.recipe import Recipe, as_tree, load_recipe, recipes, shadowed
 from gift.records import RunDir, sha256_json, utc_now
 from gift.steps import clock
 from reports.build import summary_table
@@ -163,7 +163,8 @@ def main(argv: list[str]) -> int:
     check_paths(recipe)
     if arguments.dry_run:
         check_ranks(recipe, arguments.ranks)
-        say(str(plan(recipe, arguments.ranks, {"cpu": False, "gpu": True}.get(arguments.device))))
+        on_gpu = {"cpu": False, "gpu": True}.get(arguments.device)
+        say(str(plan(recipe, arguments.ranks, on_gpu, overrides=arguments.overrides)))
         return 0
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
@@ -171,6 +172,9 @@ def main(argv: list[str]) -> int:
     check_ranks(recipe, world_size())
     started = time.perf_counter()
     with opened(recipe, arguments.runs, arguments.overrides) as run:
+        if rank() == 0:
+            for warning in shadowed(recipe, arguments.overrides):
+                say(f"warning: {warning}")
         if rank() == 0 and run.manifest["steps"].get("eval", {}).get("status") != "done":
             warn_of_missing_tasks(recipe)
         complete = Job(recipe, run).steps.execute()

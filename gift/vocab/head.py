@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 MASKED = -1e30  # stands for -inf inside a tile: finite, so that its product with a probability of 0 is 0
+PRODUCT_COLUMNS = 2048  # of a product on a CPU: its weights stay in the cache, and a fifth of the time is saved
 BLOCK_BYTES = 64 * 2**20  # of a float32 product that has to be made before it can be added
 
 
@@ -129,10 +130,12 @@ class Head:
         """The current block's logits of some tokens, written into the flat `buffer`."""
         states = self.states(rows)
         tile = view(buffer, (len(states), len(self.block)))
-        if self.operand_dtype == self.dtype:
-            torch.mm(states, self.block.T, out=tile)
-        else:
+        if self.operand_dtype != self.dtype:
             torch.mm(states, self.block.T, out_dtype=self.dtype, out=tile)
+        else:
+            width = len(self.block) if tile.is_cuda else PRODUCT_COLUMNS
+            for columns in slices(len(self.block), width):
+                torch.mm(states, self.block[columns].T, out=tile[:, columns])
         if self.block_bias is not None:
             tile.add_(self.block_bias)
         tile = self.logit_map.apply(tile)

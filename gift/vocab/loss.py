@@ -34,8 +34,8 @@ from gift.vocab.head import (
 )
 
 Objective = Callable[[VocabStats], Tensor]
-CHUNK_BYTES = {"cpu": 112 * 2**20, "cuda": 512 * 2**20}  # of one model's logits; there are at most two
-BLOCK_BYTES = {"cpu": 2**20, "cuda": 512 * 2**20}  # of the rows worked on at a time: a CPU's cache, a whole GPU
+CHUNK_BYTES = {"cpu": 120 * 2**20, "cuda": 512 * 2**20}  # of one model's logits; there are at most two
+BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}  # of the rows worked on at a time: a CPU's cache, a whole GPU
 MOST_TOKENS = 4096
 
 
