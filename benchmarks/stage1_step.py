@@ -2,8 +2,9 @@
 
     python -m benchmarks.stage1_step --help        (from the root of the repository)
 
-The model is random, of Qwen2's architecture; the data are sequences of random lengths whose response tokens are drawn
-from the model itself, and in part at random, so that the base is surprised by some of them, as it is by an expert's.
+The model is random, of Qwen2's architecture, with logits scaled up until it is as sure of itself as a language model;
+the data are sequences of random lengths whose response tokens are the model's likeliest, and in part random ones, which
+surprise it. A base without any preference (--sharpness 1) is the worst case: every token's whole distribution is kept.
 Times are medians over steps in which the three cases take turns in reversing order, after one round of warming up.
 Memory is the peak resident set of a fresh process that makes two steps of one case. The cache is scored before, by
 another process.
@@ -52,6 +53,7 @@ class Setting:
     sequences: int
     length: int
     surprising: float
+    sharpness: float
     beta: float
     tolerance: float
     threads: int
@@ -69,7 +71,10 @@ class Setting:
             tie_word_embeddings=True,
             initializer_range=0.05,
         )
-        return Qwen2ForCausalLM(config).eval()
+        model = Qwen2ForCausalLM(config).eval()
+        with torch.no_grad():
+            model.model.norm.weight.mul_(self.sharpness)
+        return model
 
     @torch.no_grad()
     def data(self) -> list[Encoded]:
@@ -158,7 +163,13 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=16, help="sequences of a batch (default: 16)")
     parser.add_argument("--length", type=int, default=256, help="tokens of the longest sequence (default: 256)")
     parser.add_argument("--surprising", type=float, default=0.1, help="share of tokens drawn at random (default: 0.1)")
-    parser.add_argument("--beta", type=float, default=10.0, help="GIFT's beta (default: 10)")
+    parser.add_argument(
+        "--sharpness",
+        type=float,
+        default=12.0,
+        help="of the base's predictions: the factor of its logits (default: 12)",
+    )
+    parser.add_argument("--beta", type=float, default=20.0, help="GIFT's beta (default: 20)")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="of the cache (default: 0.001)")
     parser.add_argument("--repetitions", type=int, default=7, help="timed steps per case (default: 7)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)")
