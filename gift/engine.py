@@ -24,11 +24,7 @@ from gift.distributed import (
     barrier,
     import_deepspeed,
     init_distributed,
-    lockstep,
-    quiet_libraries,
     rank,
-    share_of_rank,
-    total_over_ranks,
     world_size,
 )
 from gift.lora import merged_state
@@ -38,24 +34,6 @@ from gift.recipe import Engine as EngineSettings
 from gift.recipe import Optimizer
 from gift.records import atomic_path
 from gift.states import disk_errors, read_newest, write_state
-
-__all__ = [
-    "FrozenEngine",
-    "TrainingEngine",
-    "barrier",
-    "check_finite",
-    "disk_errors",
-    "export_checkpoint",
-    "import_deepspeed",
-    "init_distributed",
-    "learning_rate",
-    "lockstep",
-    "quiet_libraries",
-    "rank",
-    "share_of_rank",
-    "total_over_ranks",
-    "world_size",
-]
 
 MAIN = "main"  # the optimizer that steps outside of `TrainingEngine.optimizer_state`
 # In elements, and DeepSpeed's defaults: the parameters that ZeRO 3 leaves whole, or keeps whole for a while after use.

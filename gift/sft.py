@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gift.batches import IGNORED, Encoded, collate, epoch_order, pieces, response_tokens
 from gift.cli import UserError, progress
-from gift.engine import TrainingEngine, check_finite, learning_rate, lockstep, rank, share_of_rank, total_over_ranks
+from gift.distributed import lockstep, rank, share_of_rank, total_over_ranks
+from gift.engine import TrainingEngine, check_finite, learning_rate
 from gift.models import lm_head, logit_map, on_device, states_at
 from gift.recipe import Engine, Init
 from gift.records import JsonlLog

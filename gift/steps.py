@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gift.cli import say
-from gift.engine import rank
+from gift.distributed import rank
 from gift.models import first_line
 from gift.records import RunDir, utc_now
 

@@ -18,15 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2Tokenizer
 
 import gift.engine
-from gift.engine import (
-    FrozenEngine,
-    TrainingEngine,
-    init_distributed,
-    quiet_libraries,
-    rank,
-    share_of_rank,
-    total_over_ranks,
-)
+from gift.distributed import init_distributed, quiet_libraries, rank, share_of_rank, total_over_ranks
+from gift.engine import FrozenEngine, TrainingEngine
 from gift.models import backbone, lm_head
 from gift.recipe import Engine, Optimizer
 from gift.vocab import vocab_stats

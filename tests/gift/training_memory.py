@@ -16,7 +16,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import gift.train  # noqa: F401  # what a run imports
 from gift.batches import Encoded
-from gift.engine import quiet_libraries
+from gift.distributed import quiet_libraries
 from gift.objectives import resolve
 from gift.recipe import Engine, Init, Optimizer
 from gift.records import JsonlLog
