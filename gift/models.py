@@ -172,7 +172,10 @@ def check_logits(model: PreTrainedModel, name: str) -> None:
     ids = torch.arange(1, 9, device=model.device).remainder(rows).unsqueeze(0)
     own = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].float(), -1)
     weight, bias = lm_head(model)
-    product = nn.functional.linear(states_at(model, ids, None, torch.ones_like(ids, dtype=torch.bool)), weight, bias)
+    states = states_at(model, ids, None, torch.ones_like(ids, dtype=torch.bool))
+    if not states.isfinite().all():
+        raise UserError(f"{name}: the model's states are not finite; its weights are damaged")
+    product = nn.functional.linear(states, weight, bias)
     ours = torch.log_softmax(LogitMap(**logit_map(model)).apply(product.float()), -1)
     tolerance = 0.1 if model.dtype == torch.bfloat16 else 1e-3
     if ours.shape != own.shape or not (ours - own).abs().max() <= tolerance * max(1.0, float(own.abs().max())):
