@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gift.cli import UserError
+from gift.distributed import lockstep
 from gift.models import on_device, states_at
+from gift.recipe import Engine
 
 T = TypeVar("T")
 IGNORED = -100  # the label of a token that carries no loss, as in torch and transformers
@@ -111,6 +113,25 @@ def collate(batch: Sequence[Encoded], pad_id: int, *, packing: bool = False) -> 
         "attention_mask": padded([torch.ones_like(row) for row in ids], 0),
         "labels": padded(labels, IGNORED),
     }
+
+
+def micro_batches(examples: Sequence[Encoded], settings: Engine, pad: int) -> list[tuple[list[int], dict[str, Tensor]]]:
+    """This rank's examples in collated pieces, each with the indices of the examples in it.
+
+    All ranks get as many: those with fewer pieces, or none, get batches without examples and labels.
+    """
+    found = [
+        (piece, collate([examples[index] for index in piece], pad, packing=settings.packing))
+        for piece in pieces(
+            range(len(examples)),
+            lambda index: len(examples[index].ids),
+            micro_tokens=settings.micro_tokens,
+            packing=settings.packing,
+        )
+    ]
+    nothing = Encoded("", (pad, pad), 2)
+    idle: tuple[list[int], dict[str, Tensor]] = ([], collate([nothing], pad, packing=settings.packing))
+    return lockstep(found or [idle], lambda _: idle)
 
 
 def next_tokens(example: Encoded) -> Tensor:

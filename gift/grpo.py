@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gift.batches import epoch_order
+from gift.batches import epoch_order, micro_batches
 from gift.cli import UserError, progress
 from gift.data import Example
 from gift.distributed import rank, total_over_ranks
@@ -39,7 +39,7 @@ from gift.generation.hf import HFEngine
 from gift.lora import adapted_layers, adapters_disabled
 from gift.models import on_device
 from gift.policy import token_weight, truncated_importance
-from gift.policy_module import PolicyModule, micro_batches
+from gift.policy_module import PolicyModule
 from gift.recipe import RL, Engine
 from gift.records import JsonlLog
 from gift.relift import FailedPrompts, supervised_step

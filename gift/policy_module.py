@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gift.batches import IGNORED, Encoded, collate, pieces
-from gift.distributed import lockstep
+from gift.batches import IGNORED
 from gift.models import lm_head, logit_map, states_at
 from gift.policy import TokenInputs, update_loss
-from gift.recipe import RL, Engine
+from gift.recipe import RL
 from gift.vocab import vocab_stats
 
 
@@ -47,22 +44,3 @@ class PolicyModule(nn.Module):
         if not inputs:
             return stats.logp, stats.entropy
         return update_loss(stats.logp, stats.entropy, TokenInputs(**inputs), self.settings)
-
-
-def micro_batches(examples: Sequence[Encoded], settings: Engine, pad: int) -> list[tuple[list[int], dict[str, Tensor]]]:
-    """This rank's examples in collated pieces, each with the indices of the examples in it.
-
-    All ranks get as many: those with fewer pieces, or none, get batches without examples and labels.
-    """
-    found = [
-        (piece, collate([examples[index] for index in piece], pad, packing=settings.packing))
-        for piece in pieces(
-            range(len(examples)),
-            lambda index: len(examples[index].ids),
-            micro_tokens=settings.micro_tokens,
-            packing=settings.packing,
-        )
-    ]
-    nothing = Encoded("", (pad, pad), 2)
-    idle: tuple[list[int], dict[str, Tensor]] = ([], collate([nothing], pad, packing=settings.packing))
-    return lockstep(found or [idle], lambda _: idle)

@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gift.batches import Encoded, response_tokens
+from gift.batches import Encoded, micro_batches, response_tokens
 from gift.distributed import share_of_rank, total_over_ranks
 from gift.engine import TrainingEngine, learning_rate
 from gift.models import on_device
-from gift.policy_module import micro_batches
 from gift.recipe import Relift
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gift.batches import IGNORED, Encoded, collate, epoch_order, pieces, response_tokens
+from gift.batches import IGNORED, Encoded, epoch_order, micro_batches, response_tokens
 from gift.cli import UserError, progress
-from gift.distributed import lockstep, rank, share_of_rank, total_over_ranks
+from gift.distributed import rank, share_of_rank, total_over_ranks
 from gift.engine import TrainingEngine, check_finite, learning_rate
 from gift.models import lm_head, logit_map, on_device, states_at
 from gift.recipe import Engine, Init
@@ -239,26 +239,15 @@ class Trainer:
 
     def micro_batches(self, batch: Sequence[Encoded], *, cached: bool = True) -> list[dict[str, Any]]:
         """This rank's share of a batch in collated pieces; every rank gets as many, the last ones without labels."""
-        engine = self.engine.settings
-        found = []
-        for piece in pieces(
-            share_of_rank(batch), lambda item: len(item.ids), micro_tokens=engine.micro_tokens, packing=engine.packing
-        ):
-            tensors: dict[str, Any] = collate(piece, self.pad, packing=engine.packing)
+        mine, found = share_of_rank(batch), []
+        for indices, tensors in micro_batches(mine, self.engine.settings, self.pad):
+            piece: dict[str, Any] = tensors
             if cached and isinstance(self.loss.reference, CachedReference):
-                tensors["cached"] = self.loss.reference.batch(piece)
-            found.append(tensors)
-        return lockstep(found, without_labels)
+                piece = {**tensors, "cached": self.loss.reference.batch([mine[index] for index in indices])}
+            found.append(piece)
+        return found
 
 
 def nll(stats: VocabStats) -> Tensor:
     """What is reported of every objective: -log pi(y)."""
     return -stats.logp
-
-
-def without_labels(micro_batch: dict[str, Any]) -> dict[str, Any]:
-    """The micro-batch with nothing to learn from: what a rank runs while others still have work."""
-    idle = {**micro_batch, "labels": torch.full_like(micro_batch["labels"], IGNORED)}
-    if "cached" in idle:
-        idle["cached"] = SparseReference.empty()
-    return idle

@@ -40,6 +40,7 @@ from gift.reference.online import OnlineReference
 from gift.states import disk_errors
 from gift.steps import announce
 from gift.vocab import DenseReference
+from gift.vocab.head import unmasked_size
 from gift.vocab.truncation import truncate
 
 SHARD_TOKENS = 2**15
@@ -124,7 +125,7 @@ def score(
             barrier()
             return None
         if rank() == 0:
-            write_meta(folder, shards, demand, key, vocab_size(model), time.perf_counter() - started)
+            write_meta(folder, shards, demand, key, unmasked_size(*lm_head(model)), time.perf_counter() - started)
         barrier()
         return CachedReference(folder, key)
 
@@ -226,7 +227,7 @@ def score_examples(reference: OnlineReference, examples: Sequence[Encoded], dema
     selected = batch["labels"] != IGNORED
     hidden = reference.hidden(batch["input_ids"], batch["attention_mask"], selected)
     weight, bias = reference.head()
-    share = partial(demand.share, vocab_size=vocab_size(reference.model))
+    share = partial(demand.share, vocab_size=unmasked_size(weight, bias))
     dense, labels = DenseReference(hidden, weight, bias), batch["labels"][selected]
     sparse, left_out = truncate(dense, labels, share, demand.tolerance, **logit_map(reference.model))
     counts = torch.bincount(sparse.rows.cpu(), minlength=len(left_out))
@@ -260,12 +261,6 @@ def starts(sizes: Sequence[int]) -> Tensor:
 def shard_file(folder: Path, number: int) -> Path:
     """Where a shard lies."""
     return folder / f"{number:05d}.safetensors"
-
-
-def vocab_size(model: PreTrainedModel) -> int:
-    """Entries of the vocabulary that are not masked."""
-    weight, bias = lm_head(model)
-    return len(weight) if bias is None else int((~bias.isneginf()).sum())
 
 
 def write_meta(

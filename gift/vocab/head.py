@@ -54,12 +54,6 @@ class SparseReference:
     columns: Tensor  # [E] int64: which entry of the vocabulary; never the token's label, none twice for a token
     probs: Tensor  # [E] p(v)
 
-    @staticmethod
-    def empty() -> SparseReference:
-        """That of no token."""
-        none, index = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
-        return SparseReference(none, none, index, index, none)
-
     def to(self, device: torch.device) -> SparseReference:
         """The same on another device."""
         return SparseReference(*(getattr(self, field.name).to(device) for field in fields(self)))
@@ -214,6 +208,11 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
         raise ValueError(f"{prefix}hidden must be [N, H] and {prefix}weight [V, H], got {shapes}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{prefix}bias must be [{len(weight)}], got {list(bias.shape)}")
+
+
+def unmasked_size(weight: Tensor, bias: Tensor | None) -> int:
+    """How many entries of the vocabulary a head's bias does not mask."""
+    return len(weight) if bias is None else int((~bias.isneginf()).sum())
 
 
 def check_reference(reference: DenseReference, hidden: Tensor, weight: Tensor) -> None:

@@ -30,6 +30,7 @@ from gift.vocab.head import (
     check_reference,
     slices,
     sum_dtype,
+    unmasked_size,
     view,
 )
 
@@ -84,8 +85,9 @@ def vocab_loss(
         torch.is_grad_enabled(),
     )
     loss, logp, entropy, mean_logp, ref_ce, ref_logp, ref_entropy = _VocabLoss.apply(hidden, weight, bias, job)
-    size = len(weight) if bias is None else int((~bias.isneginf()).sum())
-    return loss, VocabStats(logp, entropy, mean_logp, ref_ce, ref_logp, ref_entropy, old_logp, size)
+    return loss, VocabStats(
+        logp, entropy, mean_logp, ref_ce, ref_logp, ref_entropy, old_logp, unmasked_size(weight, bias)
+    )
 
 
 def _check_entries(reference: SparseReference, tokens: int, vocab: int) -> None:

@@ -25,6 +25,7 @@ from gift.vocab.head import (
     check_reference,
     slices,
     sum_dtype,
+    unmasked_size,
     view,
 )
 
@@ -71,8 +72,7 @@ def vocab_stats(
     logp, entropy, mean_logp, ref_ce, ref_logp, ref_entropy = _VocabStats.apply(
         hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, logit_map, tile
     )
-    size = len(weight) if bias is None else int((~bias.isneginf()).sum())
-    return VocabStats(logp, entropy, mean_logp, ref_ce, ref_logp, ref_entropy, vocab_size=size)
+    return VocabStats(logp, entropy, mean_logp, ref_ce, ref_logp, ref_entropy, vocab_size=unmasked_size(weight, bias))
 
 
 def _tile_shape(hidden: Tensor, vocab: int, chunk_tokens: int | None, chunk_vocab: int | None) -> tuple[int, int]:
