@@ -17,6 +17,7 @@ from gift.recipe.schema import (
     Drift,
     Engine,
     Eval,
+    Generation,
     Init,
     LoRA,
     Luffy,
@@ -31,6 +32,7 @@ from gift.recipe.strict import dotted
 POSITIVE: dict[type, tuple[str, ...]] = {
     Optimizer: ("lr",),
     Engine: ("micro_tokens", "keep_states", "threads"),
+    Generation: ("cache_gb", "max_rows", "data_parallel", "tensor_parallel", "probe_tolerance"),
     LoRA: ("rank", "alpha"),
     Pretrain: ("documents", "hidden", "layers", "heads", "vocab", "batch_size"),
     Data: ("sft", "validation", "max_length"),
@@ -65,6 +67,7 @@ def check(recipe: Recipe, source: str) -> None:
         require(is_folder_name, f"name {recipe.name!r} must be usable as a folder's name")
         check_numbers(recipe, str)
         check_engine(recipe.engine)
+        check_generation(recipe.generation)
         check_base(recipe)
         require(recipe.reference.tolerance < 1, "reference.tolerance must lie between 0 and 1")
         if recipe.lora is not None:
@@ -119,6 +122,20 @@ def check_engine(engine: Engine) -> None:
     require(low_precision or not flash, "engine.attention flash_attention_2 needs dtype bfloat16")
     offloaded_bf16 = engine.offload != "none" and engine.master_dtype == "bfloat16"
     require(not offloaded_bf16, "engine.offload needs engine.master_dtype float32: the host steps in float32 alone")
+
+
+def check_generation(generation: Generation) -> None:
+    """Raises UserError for an engine that lacks what it needs, or is given what only another has."""
+    engine = generation.engine
+    require(
+        engine == "vllm" or generation.tensor_parallel == 1, "generation.tensor_parallel is a setting of vllm alone"
+    )
+    is_server = engine == "server"
+    require(
+        is_server == (generation.url is not None), "generation.url belongs to generation.engine server, and to it alone"
+    )
+    one_copy = not is_server or generation.data_parallel == 1
+    require(one_copy, "generation.data_parallel: a server has its own; start vllm serve with --data-parallel-size")
 
 
 def check_base(recipe: Recipe) -> None:

@@ -49,6 +49,37 @@ class Engine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Where samples come from, in RL and in evaluation."""
+
+    engine: Literal["hf", "vllm", "server"] = "hf"
+    """transformers in this process; vLLM in this process, or in processes of its own; a vLLM server at `url`."""
+    cache_gb: float = 4.0
+    """Memory for keys and values in 1e9 bytes, of each copy of the model on each device."""
+    max_rows: int = 512
+    """Samples in progress at once in each copy of the model, where `cache_gb` has room for them."""
+    data_parallel: int = 1
+    """Copies of the model in evaluation, each in its own process. In RL every rank has one."""
+    tensor_parallel: int = 1
+    """vllm: devices that share a copy of the model. RL with its own vLLM takes 1."""
+    prefix_caching: bool = True
+    """vllm: keeps what prompts have in common, until the weights change."""
+    chunked_prefill: bool = True
+    """vllm: mixes pieces of long prompts into the batches of decoding."""
+    eager: bool | None = None
+    """vllm: neither compiles nor records CUDA graphs: starts sooner, samples slower. null: only on a CPU."""
+    sleep: bool = True
+    """vllm on a GPU, in RL: gives its memory back while the policy is trained."""
+    url: str | None = None
+    """server: where it listens, such as http://10.0.0.2:8000."""
+    shared_folder: str | None = None
+    """server: a folder that it and RL both see; new weights are handed over there."""
+    probe_tolerance: float | None = None
+    """Largest mean difference, in nats, between the engine's and the trainer's log-probabilities of the probe, above
+    which the engine's weights count as wrong. null: 1e-3 in float32, 0.1 in bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoRA:
     """Low-rank adapters in place of training all weights; checkpoints are written merged."""
 
@@ -251,6 +282,7 @@ class Recipe:
     engine: Engine = field(default_factory=Engine)
     lora: LoRA | None = None
     reference: Reference = field(default_factory=Reference)
+    generation: Generation = field(default_factory=Generation)
     init: Init = field(default_factory=Init)
     rl: RL | None = field(default_factory=RL)
     """null stops after initialization."""
