@@ -21,8 +21,9 @@ PASS_AT = (1, 2, 4, 8)
 class TaskResult:
     """One policy on one task.
 
-    `truncated` and `no_answer` are shares of samples, `ungraded` counts samples, `no_room` and `less_room` count items
-    whose prompt leaves no or less room than the protocol allows, `tokens` is the mean length of a completion.
+    `truncated` and `no_answer` are shares of samples, `repetitive` (ended by the guard) and `ungraded` count samples,
+    `no_room` and `less_room` count items whose prompt leaves no or less room than the protocol allows, `tokens` is the
+    mean length of the completions whose length is known, None where it is of none.
     """
 
     policy: str
@@ -32,10 +33,11 @@ class TaskResult:
     pass_at: dict[int, float]
     truncated: float
     no_answer: float
+    repetitive: int
     ungraded: int
     no_room: int
     less_room: int
-    tokens: float
+    tokens: float | None
     tokens_per_second: float | None
 
 
@@ -76,6 +78,7 @@ def summarize(
     for row in rows:
         correct[row["item"]] += row["status"] == "correct"
     n = protocol.samples
+    lengths = [row["tokens"] for row in rows if row["tokens"] is not None]
     return TaskResult(
         policy=policy,
         task=task.name,
@@ -84,22 +87,23 @@ def summarize(
         pass_at={k: fmean(pass_at_k(n, c, k) for c in correct.values()) for k in PASS_AT if k <= n},
         truncated=fmean(row["finish_reason"] == "length" for row in rows),
         no_answer=fmean(row["status"] == "no_answer" for row in rows),
+        repetitive=sum(row["finish_reason"] == "repetition" for row in rows),
         ungraded=sum(row["status"] in ("timeout", "error") for row in rows),
         no_room=len({row["item"] for row in rows if row["max_tokens"] == 0}),
-        less_room=len({row["item"] for row in rows if 0 < row["max_tokens"] < protocol.max_tokens}),
-        tokens=fmean(row["tokens"] for row in rows),
+        less_room=len({row["item"] for row in rows if 0 < (row["max_tokens"] or 0) < protocol.max_tokens}),
+        tokens=fmean(lengths) if lengths else None,
         tokens_per_second=spent.tokens_per_second,
     )
 
 
-def print_results(run: RunDir, suite: Suite, protocol: Protocol, evaluation: Evaluation) -> None:
-    """The summary of one suite: a table, what deserves a remark, what is missing, and the files."""
+def print_results(run: RunDir, suite: Suite, protocol: Protocol, origin: str, evaluation: Evaluation) -> None:
+    """The summary of one suite: a table, what deserves a remark, what is missing, and the files.
+
+    `origin` says where the samples come from.
+    """
     order = list(suite.tasks)
     results = sorted(evaluation.results, key=lambda result: order.index(result.task))
-    print(
-        f"\n{suite.name}: {protocol.runs} x {protocol.samples_per_run} samples an item at temperature"
-        f" {protocol.temperature:g}, top-p {protocol.top_p:g}, at most {protocol.max_tokens} tokens"
-    )
+    print(f"\n{suite.name}: {protocol.runs} x {protocol.samples_per_run} samples an item, {origin}")
     if results:
         ks = [k for k in PASS_AT if 1 < k <= protocol.samples]
         pass_at = [f"pass@{k}" for k in ks]
@@ -130,8 +134,7 @@ def cells_of(result: TaskResult, ks: Sequence[int]) -> list[str]:
         *(f"{100 * result.pass_at[k]:.1f}" for k in ks),
         f"{result.truncated:.1%}",
         f"{result.no_answer:.1%}",
-        f"{result.tokens:.0f}",
-        "-" if result.tokens_per_second is None else f"{result.tokens_per_second:.0f}",
+        *("-" if number is None else f"{number:.0f}" for number in (result.tokens, result.tokens_per_second)),
     ]
 
 
@@ -141,6 +144,8 @@ def remarks(result: TaskResult, protocol: Protocol) -> Iterator[str]:
         yield f"{result.no_room} prompts fill the model's window; they count as not answered"
     if result.less_room:
         yield f"{result.less_room} prompts leave the model's window less room than {protocol.max_tokens} tokens"
+    if result.repetitive:
+        yield f"{result.repetitive} completions were ended because they repeated themselves"
     if result.ungraded:
         yield f"{result.ungraded} answers could not be graded (status timeout or error); they count as wrong"
 

@@ -3,6 +3,7 @@
     python -m evals.run --suite nano --model CKPT
     python -m evals.run --suite math --data-dir DATA --model CKPT --limit 20
     python -m evals.run --suite math --model runs/mine --policy sft --policy gift
+    python -m evals.run --suite math --data-dir DATA --generations answers.jsonl
 
 Samples go to `samples/<policy>/<task>.jsonl` of a run directory as they are made; `items.parquet` is derived from them.
 Running the same command again continues where it stopped, and only prints the table where nothing is left to do.
@@ -14,20 +15,24 @@ import argparse
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from evals.options import check, generation_of, given, parse, plans_of
 from evals.results import Evaluation, log_path, print_results, summarize, write_items
-from evals.sampling import Sampler, Throughput, pending_chunks
-from evals.suites import PROTOCOLS, SUITES, Protocol, Suite, find
+from evals.sampling import Batch, Sampler, Throughput, check_stored, pending_batches
+from evals.suites import PROTOCOLS, SUITES, UNRECORDED, Protocol, Suite
 from evals.tasks import Task, TaskData
-from gift.cli import UserError, positive, progress, run_command, say
-from gift.generation import Engine, build_engine
+from gift.cli import UserError, progress, run_command, say
+from gift.generation import Engine, GenerationError
+from gift.generation.build import build_engine
+from gift.generation.replay import ReplayEngine
 from gift.models import check_checkpoint, download, is_local, load_tokenizer, quiet_transformers
-from gift.records import RunDir, sha256_json, sha256_weights, utc_now
+from gift.recipe import Generation
+from gift.records import RunDir, sha256_file, sha256_json, sha256_weights, utc_now
 
 ELSEWHERE = "repeat those settings, or evaluate the checkpoint apart with --model CHECKPOINT --out DIR"
+HF = Generation()
 
 
 def evaluate(
@@ -37,7 +42,7 @@ def evaluate(
     protocol: Protocol,
     *,
     engine_for: Callable[[str], Engine],
-    engine_name: str = "hf",
+    generation: Generation | None = HF,
     dtype: str = "auto",
     seed: int = 0,
     batch_size: int | None = None,
@@ -47,20 +52,15 @@ def evaluate(
 ) -> Evaluation:
     """Samples and grades the suite's tasks (all, or `tasks`) for these policies of a run, and records it there.
 
-    `engine_for(policy)` builds an engine when something is left to sample; it is closed here. `batch_size` is in
-    samples (default: the suite's), `limit` takes the first items of each task. A task whose data cannot be had is
-    reported in the result and the others run. Raises UserError where the run holds samples made under other settings,
-    from other data or by other weights, and whatever the engine raises.
+    `engine_for(policy)` builds an engine when something is left to sample; it is closed here. `generation` and `dtype`
+    say what it builds: None is a ReplayEngine, whose completions are graded. `batch_size` is in samples, for hf
+    (default: the suite's), `limit` takes the first items of each task. A task whose data cannot be had is reported in
+    the result and the others run. Raises UserError where the run holds samples made under other settings, from other
+    data or by other weights, and whatever the engine raises; what was sampled until then is recorded.
     """
     protocol.check()
-    settings = {
-        **{name: value for name, value in asdict(protocol).items() if name != "name"},
-        "seed": seed,
-        "prompt": suite.prompt,
-        "engine": engine_name,
-        "dtype": dtype,
-        "batch_size": batch_size or suite.batch_size,
-    }
+    settings = recorded_settings(suite, protocol, generation, dtype, seed, batch_size)
+    together = unit_size(suite, generation, batch_size)
     loaded: dict[Task, TaskData] = {}
     missing = {}
     for task in suite.select(tasks):
@@ -75,24 +75,26 @@ def evaluate(
     results = []
     for policy in policies:
         work = {
-            task: chunks
+            task: batches
             for task in loaded
-            if (chunks := pending_chunks(log_path(run, policy, task), items[task], protocol, settings["batch_size"]))
+            if (batches := pending_batches(log_path(run, policy, task), items[task], protocol, together))
         }
         spent: dict[Task, Throughput] = {}
         if work:
-            tokenizer = load_tokenizer(run.checkpoint(policy))
+            tokenizer = None if generation is None else load_tokenizer(run.checkpoint(policy))
             engine = engine_for(policy)
             try:
-                template = sha256_json(tokenizer.chat_template)
+                if isinstance(engine, ReplayEngine):
+                    for task in work:
+                        check_stored(engine, task, items[task], protocol)
+                template = None if tokenizer is None else sha256_json(tokenizer.chat_template)
                 register(run, suite, settings, {task: loaded[task] for task in work}, policy, template, limit)
                 sampler = Sampler(policy, engine, tokenizer, protocol, seed)
-                for task, chunks in work.items():
-                    total = len(items[task]) * protocol.samples
-                    left = sum(map(len, chunks)) * protocol.samples
-                    with progress(total, f"{policy}: {task.label}", unit="sample", initial=total - left) as bar:
-                        spent[task] = sampler.run(task, chunks, log_path(run, policy, task), bar)
-                    say(f"{policy}: {task.label}: {total} samples, {left} of them new")
+                for task, batches in work.items():
+                    spent[task] = sample_task(run, sampler, task, len(items[task]), batches)
+            except GenerationError as error:
+                advice = f"what is complete is in {run.path}/samples: the same command goes on from there"
+                raise GenerationError(f"{error}; {advice}") from error
             finally:
                 engine.close()
         for task in loaded:
@@ -101,8 +103,43 @@ def evaluate(
     return Evaluation(results, missing)
 
 
+def sample_task(run: RunDir, sampler: Sampler, task: Task, items: int, batches: Sequence[Batch]) -> Throughput:
+    """Samples these batches, of a task of so many items, under a progress bar."""
+    samples = sampler.protocol.samples
+    left = sum(len(unit) for batch in batches for unit in batch) * samples
+    total, name = items * samples, f"{sampler.policy}: {task.label}"
+    with progress(total, name, unit="sample", initial=total - left) as bar:
+        spent = sampler.run(task, batches, log_path(run, sampler.policy, task), bar)
+    say(f"{name}: {total} samples, {left} of them new")
+    return spent
+
+
+def unit_size(suite: Suite, generation: Generation | None, batch_size: int | None) -> int | None:
+    """How many samples are recorded together; None: an item's, as soon as it has them all (see evals.sampling)."""
+    in_process = generation is None or (generation.engine == "hf" and generation.data_parallel == 1)
+    return (batch_size or suite.batch_size) if in_process else None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What the manifest says of the samples
+
+
+def recorded_settings(
+    suite: Suite, protocol: Protocol, generation: Generation | None, dtype: str, seed: int, batch_size: int | None
+) -> dict[str, Any]:
+    """What a policy's samples depend on, and another call must repeat to add to them.
+
+    Where they are made (memory, devices, copies) is not among it. How stored generations were sampled is not known.
+    """
+    if generation is None:
+        names = ("runs", "samples_per_run")
+        return {name: getattr(protocol, name) for name in names} | {"prompt": suite.prompt, "engine": "replay"}
+    settings = {**protocol.recorded(), "seed": seed, "prompt": suite.prompt, "engine": generation.engine}
+    if generation.engine != "server":  # which has been told already
+        settings["dtype"] = dtype
+    if generation.engine == "hf":
+        settings["batch_size"] = batch_size or suite.batch_size
+    return settings
 
 
 def check_unchanged(
@@ -113,7 +150,7 @@ def check_unchanged(
     entry = run.manifest["eval"].get(suite.name)
     if entry is None:
         return
-    refuse_changes(run, f"suite {suite.name!r}", entry["protocol"], settings)
+    refuse_changes(run, f"suite {suite.name!r}", {**UNRECORDED, **entry["protocol"]}, settings)
     for task, data in loaded.items():
         if before := entry["tasks"].get(task.name):
             was = {"data sha256": before["source"]["sha256"], "grader": before["grader"]}
@@ -136,7 +173,7 @@ def register(
     settings: Mapping[str, Any],
     loaded: Mapping[Task, TaskData],
     policy: str,
-    template_sha256: str,
+    template_sha256: str | None,
     limit: int | None,
 ) -> None:
     """Writes down, before the first sample, how these tasks are sampled by this policy."""
@@ -166,39 +203,38 @@ def register(
 
 
 @contextmanager
-def opened(
-    model: str, *, out: Path | None, policy_name: str | None, policies: Sequence[str]
-) -> Iterator[tuple[RunDir, list[str]]]:
+def opened(args: argparse.Namespace) -> Iterator[tuple[RunDir, list[str]]]:
     """Yields the run to record in, held for this process, and which of its policies to evaluate.
 
-    `model` is a run directory, or a checkpoint: that becomes a policy of an evaluation run of its own, at `out`.
+    --model is a run directory, or a checkpoint: that becomes a policy of an evaluation run of its own, at --out. So
+    does a file of --generations.
     """
-    path = Path(model)
-    if (path / "manifest.json").is_file():
-        if out is not None or policy_name is not None:
-            raise UserError(f"{model} is a run directory: --out and --policy-name are for a checkpoint on its own")
+    if args.generations is None and (Path(args.model) / "manifest.json").is_file():
+        path = Path(args.model)
+        if args.out is not None or args.policy_name is not None:
+            raise UserError(f"{path} is a run directory: --out and --policy-name are for a checkpoint on its own")
         with RunDir.open(path).lock():
             run = RunDir.open(path)
-            chosen = [run.node(policy)["id"] for policy in policies] or [node["id"] for node in run.manifest["lineage"]]
+            chosen = [run.node(policy)["id"] for policy in args.policy] or [
+                node["id"] for node in run.manifest["lineage"]
+            ]
             if not chosen:
-                raise UserError(f"{model}: this run has no checkpoints yet")
+                raise UserError(f"{path}: this run has no checkpoints yet")
             yield run, list(dict.fromkeys(chosen))
         return
-    if policies:
-        raise UserError(f"{model} is not a run directory: --policy chooses among the checkpoints of one")
-    checkpoint = (path if is_local(model) else download(model)).resolve()
-    check_checkpoint(checkpoint)
-    weights = sha256_weights(checkpoint)
-    folder = path.resolve().name
-    policy = policy_name or folder
+    if args.policy:
+        raise UserError(f"{args.generations or args.model} is not a run directory: --policy chooses among its policies")
+    name, source, weights, recipe = subject(args)
+    policy = args.policy_name or name
     if not re.fullmatch(r"\w[\w.+-]*", policy):
         raise UserError(f"{policy!r} cannot name a policy; give --policy-name letters, digits, '.', '_', '+' and '-'")
-    home = out or Path("runs") / f"eval-{folder}-{weights[:8]}"
+    home = args.out or Path("runs") / f"eval-{name}-{weights[:8]}"
     home.mkdir(parents=True, exist_ok=True)
     with RunDir(home, {}).lock():
-        run = eval_run(home, model)
+        run = eval_run(home, recipe)
         for node in run.manifest["lineage"]:
-            if node["id"] == policy and node["weights_sha256"] != weights:
+            sampled = (home / "samples" / policy).is_dir()
+            if sampled and node["id"] == policy and node["weights_sha256"] != weights:
                 raise UserError(f"{home}: its policy {policy!r} has other weights; give another --policy-name or --out")
         run.add_node(
             {
@@ -207,32 +243,55 @@ def opened(
                 "parent": None,
                 "stage": "base",
                 "method": None,
-                "checkpoint": str(checkpoint),
+                "checkpoint": str(source),
                 "weights_sha256": weights,
             }
         )
         yield run, [policy]
 
 
-def eval_run(path: Path, model: str) -> RunDir:
+def subject(args: argparse.Namespace) -> tuple[str, Path, str, dict[str, str]]:
+    """Name, place and hash of what is evaluated on its own, and the recipe of such a run.
+
+    Raises UserError where there is no such checkpoint or file of generations.
+    """
+    if args.generations is not None:
+        if not args.generations.is_file():
+            raise UserError(f"{args.generations}: no such file of generations")
+        source = args.generations.resolve()
+        return source.stem, source, sha256_file(source), {"generations": str(args.generations)}
+    source = (Path(args.model) if is_local(args.model) else download(args.model)).resolve()
+    check_checkpoint(source)
+    return Path(args.model).resolve().name, source, sha256_weights(source), {"model": args.model}
+
+
+def eval_run(path: Path, recipe: Mapping[str, str]) -> RunDir:
     """The evaluation run at `path`, made unless it is there. Raises UserError if that folder is another kind of run."""
     if not (path / "manifest.json").exists():
-        return RunDir.create(path, kind="eval", recipe={"model": model})
+        return RunDir.create(path, kind="eval", recipe=recipe)
     run = RunDir.open(path)
     if run.manifest["kind"] != "eval":
         raise UserError(f"{path}: a run of kind {run.manifest['kind']!r}; give --out a folder of its own")
     return run
 
 
-def engine_factory(run: RunDir, engine: str, dtype: str) -> Callable[[str], Engine]:
-    """Builds the engine of a policy from its checkpoint, after a check that these are the weights the run recorded."""
+def engine_factory(run: RunDir, generation: Generation | None, dtype: str) -> Callable[[str], Engine]:
+    """Builds the engine of a policy from its checkpoint, after a check that these are the weights the run recorded.
+
+    Where `generation` is None, the checkpoint is a file of generations.
+    """
 
     def engine_for(policy: str) -> Engine:
-        checkpoint = run.checkpoint(policy)
-        check_checkpoint(checkpoint)
-        if sha256_weights(checkpoint) != run.node(policy)["weights_sha256"]:
-            raise UserError(f"{checkpoint}: not the weights that {run.path}/manifest.json records for {policy!r}")
-        return build_engine(engine, checkpoint, dtype=dtype)
+        source, expected = run.checkpoint(policy), run.node(policy)["weights_sha256"]
+        if generation is None:
+            engine = ReplayEngine(source)
+            if sha256_file(source) != expected:
+                raise UserError(f"{source}: not the file that {run.path}/manifest.json records for {policy!r}")
+            return engine
+        check_checkpoint(source)
+        if sha256_weights(source) != expected:
+            raise UserError(f"{source}: not the weights that {run.path}/manifest.json records for {policy!r}")
+        return build_engine(generation, source, dtype=dtype)
 
     return engine_for
 
@@ -243,7 +302,7 @@ def recorded(run: RunDir, suite: Suite) -> dict[str, Any]:
     settings = recipe.get("eval", {}) if run.manifest["kind"] == "train" else {}
     seed = recipe.get("seed", 0)
     if (entry := run.manifest["eval"].get(suite.name)) is not None:
-        seed = entry["protocol"]["seed"]
+        seed = entry["protocol"].get("seed", seed)
     data_dir = settings.get("data_dir")
     return {"seed": seed, "data_dir": Path(data_dir) if data_dir else None, "limit": settings.get("limit")}
 
@@ -255,46 +314,8 @@ def print_suites() -> None:
         for task in suite.tasks.values():
             print(f"  {task.name:<12} {task.label} ({task.group}): {task.origin}")
     for protocol in PROTOCOLS.values():
-        print(
-            f"protocol {protocol.name}: {protocol.runs} runs x {protocol.samples_per_run} samples, temperature"
-            f" {protocol.temperature:g}, top-p {protocol.top_p:g}, at most {protocol.max_tokens} tokens"
-        )
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line. Exits with a message for an option that does not exist."""
-    parser = argparse.ArgumentParser(
-        prog="python -m evals.run",
-        description="Evaluate a checkpoint, or every checkpoint of a run. The same command continues what was stopped.",
-    )
-    add = parser.add_argument
-    add("--list", action="store_true", help="show suites, tasks and protocols, and stop")
-    add("--suite", default="nano", help="what to evaluate: a suite's name, or 'all' (default: %(default)s)")
-    add("--model", help="a checkpoint folder, a Hub id, or a run directory (then every checkpoint of it)")
-    add("--policy", action="append", default=[], help="of a run directory, evaluate only this policy (repeatable)")
-    add("--task", action="append", default=[], help="of the suite, only this task (repeatable)")
-    add("--limit", type=positive, help="only the first LIMIT items of each task (default: as the run's recipe says)")
-    add(
-        "--data-dir",
-        type=Path,
-        help="folder of benchmark files, e.g. DATA_DIR/gsm8k/test.jsonl"
-        " (default: as the run's recipe says, else the Hub)",
-    )
-    add("--out", type=Path, help="run directory for a checkpoint on its own (default: runs/eval-NAME-HASH)")
-    add("--policy-name", help="what to call a checkpoint on its own (default: its folder's name)")
-    add("--seed", type=int, help="seed of all samples (default: that of the run's samples, else of its recipe, else 0)")
-    protocol = parser.add_argument_group("protocol (default: the suite's)")
-    protocol.add_argument("--protocol", help=f"one of: {', '.join(PROTOCOLS)}")
-    protocol.add_argument("--runs", type=positive, help="runs whose mean accuracy is reported")
-    protocol.add_argument("--samples-per-run", type=positive, help="samples of each item in a run")
-    protocol.add_argument("--temperature", type=float, help="0 is greedy")
-    protocol.add_argument("--top-p", type=float, help="share of probability mass to sample from")
-    protocol.add_argument("--max-tokens", type=positive, help="longest response in tokens")
-    engine = parser.add_argument_group("engine")
-    engine.add_argument("--engine", default="hf", choices=("hf",), help="generation engine (default: %(default)s)")
-    engine.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights")
-    engine.add_argument("--batch-size", type=positive, help="samples generated together (default: the suite's)")
-    return parser.parse_args(argv)
+        counts = f"{protocol.runs} runs x {protocol.samples_per_run} samples"
+        print(f"protocol {protocol.name}: {counts}, {protocol.described()}")
 
 
 def main(argv: list[str]) -> int:
@@ -303,25 +324,11 @@ def main(argv: list[str]) -> int:
     if args.list:
         print_suites()
         return 0
-    if args.model is None:
-        raise UserError("nothing to evaluate: give --model a checkpoint folder, a Hub id or a run directory")
-    if args.data_dir is not None and not args.data_dir.is_dir():
-        raise UserError(f"{args.data_dir}: no such folder; --data-dir holds e.g. gsm8k/test.jsonl")
-    if args.suite == "all" and args.task:
-        raise UserError("--task names a task of one suite; name that suite instead of 'all'")
+    check(args)
     quiet_transformers()
-    overrides = ("runs", "samples_per_run", "temperature", "top_p", "max_tokens")
-    changes = {name: getattr(args, name) for name in overrides if getattr(args, name) is not None}
-    suites = list(SUITES.values()) if args.suite == "all" else [find(SUITES, args.suite, "suite")]
-    plans = []
-    for suite in suites:
-        suite.select(args.task)
-        protocol = find(PROTOCOLS, args.protocol, "protocol") if args.protocol else suite.protocol
-        protocol = replace(protocol, **changes)
-        protocol.check()
-        plans.append((suite, protocol))
-    given = {name: getattr(args, name) for name in ("seed", "data_dir", "limit") if getattr(args, name) is not None}
-    with opened(args.model, out=args.out, policy_name=args.policy_name, policies=args.policy) as (run, policies):
+    plans = plans_of(args)
+    generation, dtype = None if args.generations else generation_of(args), args.dtype or "auto"
+    with opened(args) as (run, policies):
         standalone = run.manifest["kind"] == "eval"
         if standalone:
             run.update(status="running", finished=None)
@@ -332,12 +339,12 @@ def main(argv: list[str]) -> int:
                     policies,
                     suite,
                     protocol,
-                    engine_for=engine_factory(run, args.engine, args.dtype),
-                    engine_name=args.engine,
-                    dtype=args.dtype,
+                    engine_for=engine_factory(run, generation, dtype),
+                    generation=generation,
+                    dtype=dtype,
                     batch_size=args.batch_size,
                     tasks=args.task,
-                    **{**recorded(run, suite), **given},
+                    **{**recorded(run, suite), **given(args, ("seed", "data_dir", "limit"))},
                 )
                 for suite, protocol in plans
             ]
@@ -350,7 +357,8 @@ def main(argv: list[str]) -> int:
         if standalone:
             run.update(status="failed" if missing else "complete", finished=utc_now())
     for (suite, protocol), evaluation in zip(plans, evaluations, strict=True):
-        print_results(run, suite, protocol, evaluation)
+        origin = f"from {args.generations}" if args.generations else protocol.described()
+        print_results(run, suite, protocol, origin, evaluation)
     return int(missing)
 
 

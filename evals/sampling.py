@@ -1,14 +1,21 @@
-"""Prompts to samples to records, in chunks that a killed run can continue from without changing a record.
+"""Prompts to samples to records, in batches that a killed run can continue from.
 
-The items of a task are cut, in file order, into chunks of whole items. A chunk is generated, graded and appended to
-the log as a whole, and generated again as a whole unless every sample of it is there: the engine then sees the same
-batches whether or not the run was interrupted, so the records are the same too.
+A batch goes to the engine in one call; it is cut into units of whole items, and a unit is graded and appended to the
+log as a whole once all its samples are there. What is gone of the log is sampled again by units. Two plans:
+
+* hf in this process: batches of a fixed number of items in file order, each one unit. A matrix product's last bits
+  depend on what else is in the batch; this way the engine sees the same batches whether or not the run was
+  interrupted, and the records are the same to the bit.
+* Engines that keep their rows full by themselves (vllm, a server, several workers): one batch of all that is missing,
+  each item a unit, in the order in which they are completed. Batches that each wait for their longest response would
+  leave such an engine nearly idle most of the time; a kill loses only the items that were not complete.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +25,15 @@ from transformers import PreTrainedTokenizerBase
 
 from evals.suites import Protocol
 from evals.tasks import Item, Task
+from gift.cli import UserError
 from gift.data import encode_prompt
-from gift.generation import Engine, Request, Sample, SamplingParams, completion_text, sample_seed
+from gift.generation import Engine, Request, Sample, completion_text, sample_seed
+from gift.generation.replay import ReplayEngine, StoredSample
 from gift.records import JsonlLog, read_jsonl
 from gift.rewards import Verdict
 
+Batch = Sequence[Sequence[Item]]
+"""What the engine is given at once, in units that are recorded together."""
 KEY = ("item", "run", "sample")
 EMPTY = Sample(token_ids=[], finish_reason="length", logps=[])  # what a prompt that fills the model's window gets
 NO_ANSWER = Verdict(0.0, "no_answer", None, None)
@@ -38,7 +49,7 @@ class Throughput:
     @property
     def tokens_per_second(self) -> float | None:
         """Tokens per second of generation; None where nothing was generated."""
-        return self.tokens / self.seconds if self.seconds else None
+        return self.tokens / self.seconds if self.tokens else None
 
 
 @dataclass(frozen=True)
@@ -50,64 +61,110 @@ class Slot:
     sample: int
     request: Request
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a response can have any token at all."""
+        return self.request.max_tokens != 0
+
 
 @dataclass(frozen=True)
 class Sampler:
-    """Samples one policy, by its engine and tokenizer, under one protocol and run seed."""
+    """Samples one policy, by its engine and tokenizer, under one protocol and run seed.
+
+    Without a tokenizer, the engine has stored generations: it is asked by key alone.
+    """
 
     policy: str
     engine: Engine
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     protocol: Protocol
     seed: int
 
-    def run(self, task: Task, chunks: Sequence[Sequence[Item]], path: Path, bar: tqdm) -> Throughput:
-        """Samples and grades these chunks and appends them to the log at `path`, one write a chunk."""
+    def run(self, task: Task, batches: Sequence[Batch], path: Path, bar: tqdm) -> Throughput:
+        """Samples and grades these batches and appends them to the log at `path`, one write a unit."""
         spent = Throughput()
         with JsonlLog(path, KEY) as log:
-            for chunk in chunks:
-                slots = [slot for item in chunk for slot in self.slots(task, item)]
-                samples = self.generate(slots, spent)
-                texts = [completion_text(self.tokenizer, sample) for sample in samples]
-                verdicts = grade(task, slots, texts)
-                graded = zip(slots, samples, texts, verdicts, strict=True)
-                log.append(self.record(task, *sample) for sample in graded)
-                bar.update(len(slots))
+            for batch in batches:
+                units = [[slot for item in unit for slot in self.slots(task, item)] for unit in batch]
+                for slots, samples in self.generate(units, spent, bar):
+                    texts = [self.text(sample) for sample in samples]
+                    graded = zip(slots, samples, texts, grade(task, slots, texts), strict=True)
+                    log.append(self.record(task, *sample) for sample in graded)
         return spent
 
     def slots(self, task: Task, item: Item) -> list[Slot]:
         """All samples of an item, in the log's order. Each may be as long as the protocol and the window allow."""
-        ids = tuple(encode_prompt(self.tokenizer, item.prompt))
-        room = max(0, min(self.protocol.max_tokens, self.engine.max_model_len - len(ids)))
-        return [
-            Slot(item, run, sample, Request(ids, sample_seed(self.seed, task.name, item.id, run, sample), room))
-            for _, run, sample in keys_of(item, self.protocol)
+        ids: tuple[int, ...] = ()
+        room = None
+        if self.tokenizer is not None:
+            ids = tuple(encode_prompt(self.tokenizer, item.prompt))
+            room = max(0, min(self.protocol.max_tokens, self.engine.max_model_len - len(ids)))
+        slots = []
+        for _, run, sample in keys_of(item, self.protocol):
+            key = (task.name, item.id, run, sample)
+            slots.append(Slot(item, run, sample, Request(ids, sample_seed(self.seed, *key), room, key)))
+        return slots
+
+    def generate(
+        self, units: Sequence[Sequence[Slot]], spent: Throughput, bar: tqdm
+    ) -> Iterator[tuple[Sequence[Slot], list[Sample]]]:
+        """The units, each with its samples in order, as they are completed; adds to `spent`.
+
+        A slot without room is EMPTY. The seconds are those until the last sample, grading in between included: engines
+        that are given several units at once sample on meanwhile.
+        """
+        asked = [(unit, slot) for unit, slots in enumerate(units) for slot in slots if slot.has_room]
+        found: list[dict[tuple[Any, ...], Sample]] = [
+            {slot.request.key: EMPTY for slot in slots if not slot.has_room} for slots in units
         ]
 
-    def generate(self, slots: Sequence[Slot], spent: Throughput) -> list[Sample]:
-        """One sample per slot, EMPTY where it has no room; adds to `spent`."""
-        params = SamplingParams(self.protocol.max_tokens, self.protocol.temperature, self.protocol.top_p)
-        requests = [slot.request for slot in slots if slot.request.max_tokens]
+        def completed(unit: int) -> tuple[Sequence[Slot], list[Sample]]:
+            samples, found[unit] = found[unit], {}
+            return units[unit], [samples[slot.request.key] for slot in units[unit]]
+
+        for unit, slots in enumerate(units):
+            bar.update(len(found[unit]))
+            if len(found[unit]) == len(slots):
+                yield completed(unit)
+        if not asked:
+            return
         started = time.perf_counter()
-        generated = self.engine.generate(requests, params) if requests else []
-        spent.seconds += time.perf_counter() - started
-        spent.tokens += sum(len(sample.token_ids) for sample in generated)
-        remaining = iter(generated)
-        return [next(remaining) if slot.request.max_tokens else EMPTY for slot in slots]
+        requests = [slot.request for _, slot in asked]
+        for number, sample in self.engine.stream(requests, self.protocol.sampling):
+            unit, slot = asked[number]
+            found[unit][slot.request.key] = sample
+            spent.tokens += len(sample.token_ids)
+            spent.seconds += time.perf_counter() - started
+            started = time.perf_counter()
+            bar.update()
+            if len(found[unit]) == len(units[unit]):
+                yield completed(unit)
+
+    def text(self, sample: Sample) -> str:
+        """A completion's text."""
+        if self.tokenizer is None:
+            assert sample.text is not None
+            return sample.text
+        return completion_text(self.tokenizer, sample)
 
     def record(self, task: Task, slot: Slot, sample: Sample, text: str, verdict: Verdict) -> dict[str, Any]:
-        """The log's line for a graded sample. `tokens` counts what was generated, the end token included."""
+        """The log's line for a graded sample. `tokens` counts what was generated, the end token included.
+
+        Of a stored generation neither seed nor limit are known here, and its tokens only if it came with their number.
+        """
+        is_stored = isinstance(sample, StoredSample)
         return {
             "task": task.name,
             "item": slot.item.id,
             "policy": self.policy,
             "run": slot.run,
             "sample": slot.sample,
-            "seed": slot.request.seed,
+            "seed": None if is_stored else slot.request.seed,
             "prompt": slot.item.prompt,
             "completion": text,
-            "tokens": len(sample.token_ids),
+            "tokens": sample.tokens if isinstance(sample, StoredSample) else len(sample.token_ids),
             "finish_reason": sample.finish_reason,
+            "stop_reason": sample.stop_reason,
             "max_tokens": slot.request.max_tokens,
             "gold": slot.item.gold,
             "extracted": verdict.extracted,
@@ -119,7 +176,7 @@ class Sampler:
 
 def grade(task: Task, slots: Sequence[Slot], texts: Sequence[str]) -> list[Verdict]:
     """One verdict per slot; one that had no room for a response is NO_ANSWER without asking the grader."""
-    had_room = [slot.request.max_tokens != 0 for slot in slots]
+    had_room = [slot.has_room for slot in slots]
     verdicts = iter(
         task.grade(
             [text for text, room in zip(texts, had_room, strict=True) if room],
@@ -134,12 +191,47 @@ def keys_of(item: Item, protocol: Protocol) -> list[tuple[str, int, int]]:
     return [(item.id, run, sample) for run in range(protocol.runs) for sample in range(protocol.samples_per_run)]
 
 
-def pending_chunks(path: Path, items: Sequence[Item], protocol: Protocol, batch_size: int) -> list[Sequence[Item]]:
-    """The chunks of whole items, at most `batch_size` samples each where an item is no more, that the log lacks any of.
+def pending_batches(path: Path, items: Sequence[Item], protocol: Protocol, batch_size: int | None) -> list[Batch]:
+    """The batches with anything in them that the log lacks.
 
-    Where chunks begin depends on nothing but the protocol and `batch_size`, so that more items only add chunks.
+    With a batch size: whole items, together at most that many samples where an item has no more, as one unit. Where
+    batches begin depends on nothing but the protocol and the batch size, so that more items only add batches. Without:
+    one batch of the items that are not complete, each a unit of its own.
     """
     there = {tuple(row[name] for name in KEY) for row in read_jsonl(path)}
+
+    def complete(unit: Sequence[Item]) -> bool:
+        return all(there.issuperset(keys_of(item, protocol)) for item in unit)
+
+    if batch_size is None:
+        missing = [[item] for item in items if not complete([item])]
+        return [missing] if missing else []
     size = max(1, batch_size // protocol.samples)
-    chunks = [items[start : start + size] for start in range(0, len(items), size)]
-    return [chunk for chunk in chunks if any(not there.issuperset(keys_of(item, protocol)) for item in chunk)]
+    units = [items[start : start + size] for start in range(0, len(items), size)]
+    return [[unit] for unit in units if not complete(unit)]
+
+
+def check_stored(engine: ReplayEngine, task: Task, items: Sequence[Item], protocol: Protocol) -> None:
+    """Raises UserError where a file of generations lacks a sample of these items, saying what it could be used for."""
+    keys = [(task.name, *key) for item in items for key in keys_of(item, protocol)]
+    missing = [key for key in keys if key not in engine]
+    if not missing:
+        return
+
+    def held(items: Sequence[Item], run: int, sample: int) -> bool:
+        return all((task.name, item.id, run, sample) in engine for item in items)
+
+    first = itertools.takewhile(lambda item: held([item], 0, 0), items)
+    runs = sum(1 for _ in itertools.takewhile(lambda run: held(items, run, 0), itertools.count()))
+    per_run = itertools.takewhile(lambda n: all(held(items, run, n) for run in range(runs)), itertools.count())
+    if runs:
+        advice = f"give --runs {runs} --samples-per-run {sum(1 for _ in per_run)}"
+    elif number := sum(1 for _ in first):
+        advice = f"give --limit {number}, or complete it"
+    else:
+        advice = "complete it, or leave this task out: --task names those to evaluate"
+    _, item, run, sample = missing[0]
+    raise UserError(
+        f"{engine.name}: no completion for {len(missing)} of {len(keys)} samples of {task.name}, the first of them item"
+        f" {item!r}, run {run}, sample {sample}; {advice}"
+    )

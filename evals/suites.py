@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, TypeVar
 
 from evals.tasks import Task, math, nano
 from gift.cli import UserError, nearest
+from gift.generation import RepetitionGuard, SamplingParams
 
 Named = TypeVar("Named")
 
@@ -16,7 +17,8 @@ Named = TypeVar("Named")
 class Protocol:
     """How every item is sampled: `runs` times `samples_per_run` completions of at most `max_tokens` tokens.
 
-    temperature 0 is greedy decoding. pass@1 is the mean accuracy of the runs; pass@k comes from all samples of an item.
+    temperature 0 is greedy decoding; gift.generation.SamplingParams explains the other settings. pass@1 is the mean
+    accuracy of the runs; pass@k comes from all samples of an item.
     """
 
     name: str
@@ -25,27 +27,51 @@ class Protocol:
     max_tokens: int
     runs: int
     samples_per_run: int
+    # With defaults, which are what a manifest from before these settings existed means.
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    repetition_guard: RepetitionGuard | None = None
 
     @property
     def samples(self) -> int:
         """Completions of one item."""
         return self.runs * self.samples_per_run
 
+    @property
+    def sampling(self) -> SamplingParams:
+        """What an engine needs to know of it. Raises UserError for a value that means nothing."""
+        names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "repetition_guard")
+        return SamplingParams(**{name: getattr(self, name) for name in names})
+
     def check(self) -> None:
         """Raises UserError naming a setting that makes no sense."""
-        for name in ("max_tokens", "runs", "samples_per_run"):
+        for name in ("runs", "samples_per_run"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature is {self.temperature}; give 0 (greedy) or a positive number")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; give a number above 0 and at most 1")
-        if self.temperature == 0 and self.samples > 1:
+        if self.sampling.temperature == 0 and self.samples > 1:
             raise UserError(
                 f"greedy decoding gives the same completion {self.samples} times;"
                 " give --runs 1 --samples-per-run 1, or a temperature above 0"
             )
 
+    def recorded(self) -> dict[str, Any]:
+        """Every setting but the name, as a manifest holds it."""
+        settings = {name: value for name, value in asdict(self).items() if name != "name"}
+        return {**settings, "stop": list(self.stop)}
+
+    def described(self) -> str:
+        """How a completion is sampled, in words; what is left at its default is not mentioned."""
+        words = [f"temperature {self.temperature:g}", f"top-p {self.top_p:g}", f"at most {self.max_tokens} tokens"]
+        words += [f"top-k {self.top_k}"] * bool(self.top_k) + [f"min-p {self.min_p:g}"] * bool(self.min_p)
+        words += [f"stop {text!r}" for text in self.stop]
+        if (guard := self.repetition_guard) is not None:
+            words.append(f"ended after {guard.count} copies of a pattern of up to {guard.max_pattern} tokens")
+        return ", ".join(words)
+
+
+UNRECORDED = {entry.name: entry.default for entry in fields(Protocol) if entry.default is not MISSING} | {"stop": []}
+"""What a manifest that lacks these settings was sampled with."""
 
 PROTOCOLS = {
     protocol.name: protocol
@@ -60,7 +86,7 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks that share a prompt template and, unless asked otherwise, a protocol and a number of samples per batch."""
+    """Tasks that share a prompt template and, unless asked otherwise, a protocol and the hf engine's batch size."""
 
     name: str
     tasks: Mapping[str, Task]

@@ -81,6 +81,15 @@ def total_over_ranks(values: Sequence[float]) -> list[float]:
     return summed
 
 
+def gathered_from_ranks(value: T) -> list[T]:
+    """Every rank's value, by rank."""
+    values: list[Any] = [None] * world_size()
+    if world_size() == 1:
+        return [value]
+    dist.all_gather_object(values, value)
+    return values
+
+
 def lockstep(pieces: Sequence[T], idle: Callable[[T], T]) -> list[T]:
     """This rank's pieces, with `idle(piece)` appended until every rank has as many: ZeRO needs equal calls.
 

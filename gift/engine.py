@@ -63,6 +63,8 @@ class TrainingEngine:
         self._parked: dict[str, dict[int, dict[str, Any]]] = {}
         self._stepping = MAIN
         self._grad_norm = math.nan
+        self.version = 0
+        """Goes up whenever the weights change."""
         with contextlib.redirect_stdout(io.StringIO()):  # its BF16 optimizer prints how much memory is in use
             self.deepspeed, *_ = import_deepspeed().initialize(
                 model=module, optimizer=adamw(module, settings), config=deepspeed_config(settings)
@@ -91,6 +93,7 @@ class TrainingEngine:
                 if weight.requires_grad and weight.grad is None:  # DeepSpeed would give it one of the weight's own type
                     weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
         self.deepspeed.step()
+        self.version += 1
         return self._grad_norm if self.settings.zero_stage == 0 else float(self.deepspeed.get_global_grad_norm())
 
     @contextlib.contextmanager
@@ -174,6 +177,7 @@ class TrainingEngine:
         adam.clear()
         adam.update({masters[number]: state for number, state in self._parked.pop(MAIN, {}).items()})
         update_weights(self.deepspeed.optimizer)
+        self.version += 1
         return progress
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from gift.cli import UserError, progress
 from gift.data import Example
 from gift.distributed import rank, total_over_ranks
 from gift.engine import FrozenEngine, TrainingEngine, check_finite, learning_rate
-from gift.generation.hf import HFEngine
+from gift.generation.follower import Follower, follow_in_place
 from gift.lora import adapted_layers, adapters_disabled
 from gift.models import on_device
 from gift.policy import token_weight, truncated_importance
@@ -70,7 +70,10 @@ class Scored:
 
 
 class GRPOTrainer:
-    """RL on one policy. The model is trained in place; `policy` names it in logs, `seed` decides every sample."""
+    """RL on one policy. The model is trained in place; `policy` names it in logs, `seed` decides every sample.
+
+    `follow` makes what is sampled from: by default the hf engine, computing with the policy's own module.
+    """
 
     def __init__(
         self,
@@ -84,6 +87,7 @@ class GRPOTrainer:
         resume_dir: Path,
         log: JsonlLog,
         rollout_log: JsonlLog,
+        follow: Callable[[TrainingEngine, PreTrainedTokenizerBase], Follower] = follow_in_place,
     ) -> None:
         self.policy = policy
         self.tokenizer = tokenizer
@@ -99,7 +103,8 @@ class GRPOTrainer:
         self.reference: Forward | None = None
         if settings.kl_coef:
             self.reference = PolicyModule(self.frozen.model, settings) if self.frozen else self._without_adapters
-        self.sampler = Sampler(policy, tokenizer, self.engine, HFEngine(model), settings, seed)
+        self.generator = follow(self.engine, tokenizer)
+        self.sampler = Sampler(policy, tokenizer, self.generator, settings, seed)
         self.failed = FailedPrompts(settings.relift.buffer)
 
     def train(
@@ -138,6 +143,7 @@ class GRPOTrainer:
             bar.set_postfix_str(f"reward {row['reward_mean']:.2f}", refresh=False)
             bar.update()
         bar.close()
+        self.generator.close()
         checkpoint(self.engine, total)
         self.engine.close()
         if self.frozen is not None:
@@ -154,6 +160,9 @@ class GRPOTrainer:
         scored = iter(self.score([rollout for position in mine for rollout in draw.groups[position]]))
         groups = {position: list(itertools.islice(scored, len(draw.groups[position]))) for position in mine}
         row = {**rollout_metrics(draw), **policy_metrics([each for group in groups.values() for each in group])}
+        if self.generator.probe_gap is not None:
+            row["probe_gap"] = self.generator.probe_gap
+            draw.seconds["sync"], self.generator.sync_seconds = self.generator.sync_seconds, 0.0
         if self.settings.dynamic_sampling:
             row["drawn"] = len(draw.live)
         size = len(batch) // self.settings.updates_per_batch

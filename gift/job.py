@@ -6,7 +6,7 @@ This is the only module of `gift` that knows the other packages.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -24,6 +24,8 @@ from gift.cli import UserError
 from gift.data import Example, fingerprint, read_examples, write_examples
 from gift.distributed import barrier, rank
 from gift.engine import FrozenEngine, TrainingEngine
+from gift.generation.follower import Follower, follow
+from gift.generation.probe import PROBE_SEQUENCES
 from gift.grpo import GRPOTrainer
 from gift.lora import add_adapters
 from gift.materials import base_folder, subsets_of, tokens_of, with_template
@@ -164,7 +166,7 @@ class Job:
         assert settings is not None
         for warning in rl_warnings(settings):
             announce(f"  {name}: {warning}")
-        model, tokenizer = self._start("base" if recipe.methods[name].objective is None else name)
+        model, tokenizer = self._start(self._start_of(name))
         policy = f"{name}-rl"
         rollouts = self.run.path / "rollouts" / policy / f"rank-{rank()}.jsonl"
         with self._metrics() as log, JsonlLog(rollouts, key=("step", "item", "sample")) as rollout_log:
@@ -178,6 +180,7 @@ class Job:
                 resume_dir=self._resume_dir(policy, "rl"),
                 log=log,
                 rollout_log=rollout_log,
+                follow=self._follow(name),
             )
             trainer.train(
                 self._problems(name, "rl"),
@@ -196,7 +199,8 @@ class Job:
                     [node["id"] for node in self.run.manifest["lineage"]],
                     SUITES[name],
                     SUITES[name].protocol,
-                    engine_for=engine_factory(self.run, "hf", "auto"),
+                    engine_for=engine_factory(self.run, self.recipe.generation, "auto"),
+                    generation=self.recipe.generation,
                     seed=self.recipe.seed,
                     data_dir=Path(settings.data_dir) if settings.data_dir else None,
                     limit=settings.limit,
@@ -232,6 +236,10 @@ class Job:
     # -----------------------------------------------------------------------------------------------------------------
     # Models
 
+    def _start_of(self, method: str) -> str:
+        """The policy that a method's RL begins with."""
+        return "base" if self.recipe.methods[method].objective is None else method
+
     def _start(self, policy: str, attention: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model a stage begins with, as the lineage knows it, and its tokenizer."""
         recipe, checkpoint = self.recipe, self.run.checkpoint(policy)
@@ -246,6 +254,14 @@ class Job:
         if recipe.lora is not None:
             add_adapters(model, recipe.lora, seed=recipe.seed)
         return model, load_tokenizer(checkpoint)
+
+    def _follow(self, name: str) -> Callable[[TrainingEngine, PreTrainedTokenizerBase], Follower]:
+        """What a method's RL samples from."""
+        start = self.run.checkpoint(self._start_of(name))
+        some = self._examples("validation")[:PROBE_SEQUENCES]
+        encoded = tokens_of("validation", some, load_tokenizer(start), self.recipe.data.max_length)
+        sequences = [example.ids for example in encoded]
+        return partial(follow, settings=self.recipe.generation, checkpoint=start, sequences=sequences)
 
     @contextmanager
     def _reference(self, method: str, model: PreTrainedModel) -> Iterator[OnlineReference | CachedReference | None]:

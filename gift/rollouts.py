@@ -22,9 +22,8 @@ from gift.batches import Encoded
 from gift.cli import UserError
 from gift.data import Example, encode_prompt
 from gift.distributed import share_of_rank, total_over_ranks
-from gift.engine import TrainingEngine
-from gift.generation import Engine as GenerationEngine
 from gift.generation import Request, Sample, SamplingParams, completion_text, sample_seed
+from gift.generation.follower import Follower
 from gift.policy import group_advantages
 from gift.recipe import RL
 from gift.rewards import Verdict, grade_math
@@ -83,14 +82,12 @@ class Sampler:
         self,
         policy: str,
         tokenizer: PreTrainedTokenizerBase,
-        engine: TrainingEngine,
-        generator: GenerationEngine,
+        generator: Follower,
         settings: RL,
         seed: int,
     ) -> None:
         self.policy = policy
         self.tokenizer = tokenizer
-        self.engine = engine
         self.generator = generator
         self.settings = settings
         self.seed = seed
@@ -214,9 +211,8 @@ class Sampler:
         ]
 
     def _generate(self, requests: Sequence[Request], *, temperature: float) -> list[Sample]:
-        params = SamplingParams(max_tokens=self.settings.max_tokens, temperature=temperature)
-        with self.engine.gathered():
-            return self.generator.generate(requests, params)
+        params = SamplingParams(max_tokens=self.settings.max_tokens, temperature=temperature, logps=temperature > 0)
+        return self.generator.generate(requests, params)
 
 
 def rollout_rows(draw: Draw, step: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:

@@ -26,7 +26,7 @@ class GenerationError(UserError):
     """Generation cannot go on: memory ran out, a worker or server died. What was yielded before is whole."""
 
 
-class StaleWeights(GenerationError):
+class StaleWeightsError(GenerationError):
     """The engine samples from other weights than those it was last given."""
 
 
@@ -150,8 +150,9 @@ class Engine(ABC):
     def update_weights(self, model: PreTrainedModel) -> None:
         """Samples from these weights from now on. The model is whole: under ZeRO stage 3 gathered, adapters and all."""
 
-    def sleep(self) -> None:
-        """Gives back the accelerator's memory until `update_weights`, where the engine can."""
+    def sleep(self) -> bool:
+        """Gives back the accelerator's memory until `update_weights`, where the engine can; tells whether it did."""
+        return False
 
     @abstractmethod
     def close(self) -> None:

