@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from tiny_models import tiny_model
+from vllm_server import shared_vllm_server  # noqa: F401  (a fixture)
 
 from gift import nano
 

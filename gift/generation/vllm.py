@@ -57,13 +57,14 @@ class VLLMEngine(Engine):
         self._sleeps = in_training and settings.sleep and self._on_gpu
         self._asleep = False
         self._served = 0
+        self._core: Any = None
+        self._shares_group = torch.distributed.is_initialized()
         threads = torch.get_num_threads()
         options: dict[str, Any] = {}
         if in_training and {"RANK", "LOCAL_RANK"} <= os.environ.keys():
             options["distributed_executor_backend"] = "external_launcher"  # each rank on its own device
-        self._shares_group = torch.distributed.is_initialized()
         try:
-            with self._quietly():
+            with self._quietly(), cleaned_after_failure(self._shares_group):
                 self._llm = module.LLM(
                     str(checkpoint),
                     dtype=dtype,
@@ -82,11 +83,14 @@ class VLLMEngine(Engine):
                     use_tqdm_on_load=False,
                     **options,
                 )
+            self._core = self._llm.llm_engine
+            self.max_model_len: int = self._core.vllm_config.model_config.max_model_len
+            self.generate([Request((0,), 0)], SamplingParams(1, logps=True))  # some kernels are looked for only now
         except Exception as error:  # vLLM, pydantic, transformers and torch raise a dozen unrelated kinds here
+            self.close()
             raise self._explained(error, f"{checkpoint}: vLLM cannot serve this checkpoint") from error
-        torch.set_num_threads(threads)
-        self._core = self._llm.llm_engine
-        self.max_model_len: int = self._core.vllm_config.model_config.max_model_len
+        finally:
+            torch.set_num_threads(threads)
 
     def stream(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]:
         """The requests' numbers and samples, as they finish. Abandoning it half-way aborts what is under way."""
@@ -143,11 +147,12 @@ class VLLMEngine(Engine):
 
     def close(self) -> None:
         """Stops vLLM's workers and frees its memory."""
-        if self._core is not None:
-            with self._quietly(), kept_group() if self._shares_group else contextlib.nullcontext():
-                self._core.engine_core.shutdown()
-            self._core = self._llm = None
-            gc.collect()
+        if self._core is None:
+            return
+        with self._quietly(), kept_group(self._shares_group):
+            self._core.engine_core.shutdown()
+        self._core = self._llm = None
+        gc.collect()
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -221,12 +226,12 @@ class VLLMEngine(Engine):
 
 
 @contextlib.contextmanager
-def kept_group() -> Iterator[None]:
-    """Inside, torch.distributed's default group outlives vLLM, which would destroy it though others made it."""
+def kept_group(kept: bool) -> Iterator[None]:
+    """Inside, torch.distributed's default group, if `kept`, outlives vLLM: it would destroy what others made."""
     destroy = torch.distributed.destroy_process_group
 
     def destroy_other(group: Any = None) -> None:
-        if group is not None:
+        if group is not None or not kept:
             destroy(group)
 
     torch.distributed.destroy_process_group = destroy_other
@@ -234,6 +239,19 @@ def kept_group() -> Iterator[None]:
         yield
     finally:
         torch.distributed.destroy_process_group = destroy
+
+
+@contextlib.contextmanager
+def cleaned_after_failure(kept: bool) -> Iterator[None]:
+    """What vLLM set up for the whole process before it failed inside is taken down again."""
+    try:
+        yield
+    except BaseException:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        with kept_group(kept):
+            cleanup_dist_env_and_memory()
+        raise
 
 
 def import_vllm() -> Any:

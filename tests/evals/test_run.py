@@ -101,6 +101,10 @@ def test_the_manifest_says_how_the_samples_were_made(tmp_path):
         "engine": "hf",
         "dtype": "float32",
         "batch_size": 20,
+        "top_k": 0,
+        "min_p": 0.0,
+        "stop": [],
+        "repetition_guard": None,
     }
     small = entry["tasks"]["small"]
     assert (small["label"], small["group"], small["items"]) == ("Small sums", "easy", 2)
@@ -231,7 +235,7 @@ def command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setitem(SUITES, "toy", toy_suite())
-    monkeypatch.setattr(evals.run, "build_engine", lambda name, checkpoint, *, dtype: MadeUpEngine(TOKENIZER))
+    monkeypatch.setattr(evals.run, "build_engine", lambda settings, checkpoint, *, dtype: MadeUpEngine(TOKENIZER))
     return main
 
 
@@ -426,9 +430,9 @@ def test_an_evaluation_that_fails_is_not_left_running(command, monkeypatch, erro
 
 def test_an_unknown_engine_is_a_usage_error(command, capsys):
     with pytest.raises(SystemExit) as ended:
-        command(["--model", "model", "--engine", "vllm"])
+        command(["--model", "model", "--engine", "vlm"])
     assert ended.value.code == 2
-    assert "argument --engine: invalid choice: 'vllm'" in capsys.readouterr().err
+    assert "argument --engine: invalid choice: 'vlm'" in capsys.readouterr().err
 
 
 def test_a_real_model_is_evaluated(tmp_path, monkeypatch, capfd):

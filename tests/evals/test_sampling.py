@@ -1,13 +1,16 @@
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from toy_suite import PROTOCOL, MadeUpEngine, Sums, tiny_tokenizer
 from tqdm import tqdm
 
-from evals.sampling import Sampler, pending_chunks
+from evals.sampling import Sampler, check_stored, pending_batches
 from evals.tasks import Item
-from gift.generation import Sample
+from gift.cli import UserError
+from gift.generation import GenerationError, RepetitionGuard, Sample, SamplingParams
+from gift.generation.replay import ReplayEngine
 from gift.records import read_jsonl
 
 TASK = Sums("sums", "Sums", "easy", count=5)
@@ -15,11 +18,11 @@ ITEMS = TASK.load(None).items
 BATCH_SIZE = 2 * PROTOCOL.samples
 
 
-def sample(path: Path, engine=None, *, items=ITEMS, seed=0, protocol=PROTOCOL):
+def sample(path: Path, engine=None, *, items=ITEMS, seed=0, protocol=PROTOCOL, batch_size=BATCH_SIZE):
     """Samples what the log lacks and returns its rows."""
     tokenizer = tiny_tokenizer() if engine is None else engine.tokenizer
     sampler = Sampler("sft", engine or MadeUpEngine(tokenizer), tokenizer, protocol, seed)
-    sampler.run(TASK, pending_chunks(path, items, protocol, BATCH_SIZE), path, tqdm(disable=True))
+    sampler.run(TASK, pending_batches(path, items, protocol, batch_size), path, tqdm(disable=True))
     return read_jsonl(path)
 
 
@@ -27,10 +30,8 @@ def test_every_sample_has_one_record_in_the_order_item_run_sample(tmp_path):
     rows = sample(tmp_path / "log.jsonl")
     keys = [(row["item"], row["run"], row["sample"]) for row in rows]
     assert keys == [(item.id, run, number) for item in ITEMS for run in range(4) for number in range(2)]
-    expected = (
-        "task item policy run sample seed prompt completion tokens finish_reason max_tokens gold extracted status"
-    )
-    assert " ".join(rows[0]) == expected + " score method"
+    expected = "task item policy run sample seed prompt completion tokens finish_reason stop_reason max_tokens gold"
+    assert " ".join(rows[0]) == expected + " extracted status score method"
     assert {(row["item"], row["prompt"], row["gold"]) for row in rows} == {(i.id, i.prompt, i.gold) for i in ITEMS}
 
 
@@ -82,9 +83,107 @@ def test_nothing_is_sampled_twice(tmp_path):
 
 
 def test_batches_hold_whole_items(tmp_path):
-    assert [len(chunk) for chunk in pending_chunks(tmp_path / "none", ITEMS, PROTOCOL, BATCH_SIZE)] == [2, 2, 1]
-    assert [len(chunk) for chunk in pending_chunks(tmp_path / "none", ITEMS, PROTOCOL, 23)] == [2, 2, 1]
-    assert [len(chunk) for chunk in pending_chunks(tmp_path / "none", ITEMS, PROTOCOL, 1)] == [1] * 5
+    for size, lengths in {BATCH_SIZE: [2, 2, 1], 23: [2, 2, 1], 1: [1] * 5}.items():
+        batches = pending_batches(tmp_path / "none", ITEMS, PROTOCOL, size)
+        assert [[len(unit) for unit in batch] for batch in batches] == [[length] for length in lengths]
+
+
+def test_without_a_batch_size_all_that_is_missing_is_one_batch_of_items(tmp_path):
+    path = tmp_path / "log.jsonl"
+    assert pending_batches(path, ITEMS, PROTOCOL, None) == [[[item] for item in ITEMS]]
+    sample(path, items=ITEMS[1:2])
+    assert pending_batches(path, ITEMS, PROTOCOL, None) == [[[item] for item in ITEMS if item is not ITEMS[1]]]
+    sample(path, batch_size=None)
+    assert pending_batches(path, ITEMS, PROTOCOL, None) == []
+
+
+class Breaking(MadeUpEngine):
+    """Answers some requests of each call and then breaks down; forgets what batch it is in."""
+
+    def __init__(self, *, after: int | None, error: type[BaseException] = GenerationError) -> None:
+        super().__init__(tiny_tokenizer())
+        self.after = after
+        self.error = error
+
+    def stream(self, requests, params):
+        for count, (number, request) in enumerate(random.Random(0).sample(list(enumerate(requests)), len(requests))):
+            if count == self.after:
+                raise self.error("worker 1 died")
+            ((_, sample),) = super().stream([request], params)
+            yield number, sample
+
+
+@pytest.mark.parametrize("error", [GenerationError, KeyboardInterrupt])
+@pytest.mark.parametrize("after", [0, 1, 21, 39])
+def test_a_breakdown_loses_only_items_that_were_not_complete(tmp_path, error, after):
+    whole = sample(tmp_path / "whole.jsonl", Breaking(after=None), batch_size=None)
+    assert len(whole) == len(ITEMS) * PROTOCOL.samples
+    path = tmp_path / "log.jsonl"
+    with pytest.raises(error):
+        sample(path, Breaking(after=after, error=error), batch_size=None)
+    rows = read_jsonl(path)
+    order = random.Random(0).sample(range(40), 40)[:after]
+    complete = {item.id for n, item in enumerate(ITEMS) if set(range(8 * n, 8 * n + 8)) <= set(order)}
+    assert {row["item"] for row in rows} == complete
+    assert len(rows) == len(complete) * PROTOCOL.samples
+    again = Breaking(after=None)
+    finished = sample(path, again, batch_size=None)
+    asked = [request.key for batch in again.batches for request in batch]
+    assert sorted(asked) == sorted(
+        (TASK.name, i.id, r, s) for i in ITEMS if i.id not in complete for r in range(4) for s in range(2)
+    )
+    by_key = lambda row: (row["item"], row["run"], row["sample"])  # noqa: E731
+    assert sorted(finished, key=by_key) == sorted(whole, key=by_key)
+
+
+def test_progress_moves_with_every_sample_and_a_unit_is_written_once_it_is_whole(tmp_path):
+    path = tmp_path / "log.jsonl"
+    seen = []
+
+    class Bar:
+        def update(self, samples: int = 1) -> None:
+            seen.append((samples, len(read_jsonl(path))))
+
+    engine = MadeUpEngine(tiny_tokenizer())
+    Sampler("sft", engine, engine.tokenizer, PROTOCOL, 0).run(TASK, [[ITEMS[:2]], [ITEMS[2:3]]], path, Bar())
+    counted = [entry for entry in seen if entry[0]]
+    assert counted == [(1, 0)] * 16 + [(1, 16)] * 8
+
+
+def test_requests_say_which_sample_they_are(tmp_path):
+    engine = MadeUpEngine(tiny_tokenizer())
+    rows = sample(tmp_path / "log.jsonl", engine)
+    keys = [request.key for batch in engine.batches for request in batch]
+    assert keys == [(row["task"], row["item"], row["run"], row["sample"]) for row in rows]
+    assert [request.seed for batch in engine.batches for request in batch] == [row["seed"] for row in rows]
+
+
+def test_the_engine_gets_the_whole_protocol(tmp_path):
+    class Noting(MadeUpEngine):
+        def stream(self, requests, params):
+            self.params = params
+            return super().stream(requests, params)
+
+    engine = Noting(tiny_tokenizer())
+    guard = RepetitionGuard(4, 3)
+    protocol = replace(PROTOCOL, top_k=5, min_p=0.1, stop=("x", "y"), repetition_guard=guard)
+    sample(tmp_path / "log.jsonl", engine, protocol=protocol)
+    assert engine.params == SamplingParams(24, 0.6, 1.0, 5, 0.1, ("x", "y"), (), False, guard, False)
+
+
+def test_how_a_response_ended_is_recorded(tmp_path):
+    endings = [("stop", "####"), ("stop", 7), ("stop", None), ("repetition", None)]
+
+    class Ending(MadeUpEngine):
+        def stream(self, requests, params):
+            ids = self.tokenizer.encode("5####")
+            for number, _ in enumerate(requests):
+                reason, stop = endings[number % 4]
+                yield number, Sample(ids, reason, [], stop)
+
+    rows = sample(tmp_path / "log.jsonl", Ending(tiny_tokenizer()))
+    assert [(row["finish_reason"], row["stop_reason"]) for row in rows] == endings * 10
+    assert [row["completion"] for row in rows[:4]] == ["5", "5###", "5###", "5####"]
 
 
 def test_seeds_are_distinct_and_depend_on_nothing_but_what_they_name(tmp_path):
@@ -115,8 +214,66 @@ def test_special_tokens_stay_in_the_text(tmp_path):
     class Imitator(MadeUpEngine):
         """Goes on with a user turn of its own."""
 
-        def generate(self, requests, params):
-            return [Sample(self.tokenizer.encode("4<user>5<end>"), "stop", [0.0] * 4) for _ in requests]
+        def stream(self, requests, params):
+            yield from enumerate(Sample(self.tokenizer.encode("4<user>5<end>"), "stop", []) for _ in requests)
 
     rows = sample(tmp_path / "log.jsonl", Imitator(tiny_tokenizer()))
     assert {row["completion"] for row in rows} == {"4<user>5"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stored generations
+
+
+def rows_of(items, samples: int, *, runs: int = 1):
+    """Rows of a file in which every item has `samples` completions in each of `runs` runs."""
+    return [{"item": i.id, "run": r, "completion": "5"} for i in items for r in range(runs) for _ in range(samples)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "advice"),
+    [
+        (rows_of(ITEMS, 1), "no completion for 35 of 40 samples of sums, .* 'sums-0', run 0, sample 1; give --runs 1"),
+        (rows_of(ITEMS, 1), "give --runs 1 --samples-per-run 1$"),
+        (rows_of(ITEMS, 8), "item 'sums-0', run 1, sample 0; give --runs 1 --samples-per-run 8$"),
+        (rows_of(ITEMS, 1, runs=4), "give --runs 4 --samples-per-run 1$"),
+        (
+            rows_of(ITEMS, 2, runs=4)[:-1],
+            "for 1 of 40 .* 'sums-4', run 3, sample 1; .*--runs 4 --samples-per-run 1$",
+        ),
+        (rows_of(ITEMS[:3], 2, runs=4), "16 of 40 .* 'sums-3', run 0, sample 0; give --limit 3, or complete it"),
+        (rows_of(ITEMS[1:], 2, runs=4), "8 of 40 .*; complete it, or leave this task out: --task names"),
+    ],
+)
+def test_a_file_that_lacks_samples_says_what_it_could_be_used_for(rows, advice):
+    with pytest.raises(UserError, match=advice):
+        check_stored(ReplayEngine(rows), TASK, ITEMS, PROTOCOL)
+
+
+def test_the_advice_can_be_followed():
+    engine = ReplayEngine(rows_of(ITEMS, 3))
+    check_stored(engine, TASK, ITEMS, replace(PROTOCOL, runs=1, samples_per_run=3))
+    engine = ReplayEngine(rows_of(ITEMS[:3], 2, runs=4))
+    check_stored(engine, TASK, ITEMS[:3], PROTOCOL)
+
+
+def test_stored_completions_are_graded_as_they_are_and_nothing_is_made_up_of_them(tmp_path):
+    rows = [
+        {"item": item.id, "run": run, "sample": n, "completion": f"\\boxed{{{n + run}}}", "finish_reason": "length"}
+        for item in ITEMS
+        for run in range(4)
+        for n in range(2)
+    ]
+    rows[3]["tokens"] = 9
+    path = tmp_path / "log.jsonl"
+    sampler = Sampler("api", ReplayEngine(rows), None, PROTOCOL, 0)
+    spent = sampler.run(TASK, pending_batches(path, ITEMS, PROTOCOL, 16), path, tqdm(disable=True))
+    found = read_jsonl(path)
+    assert [row["completion"] for row in found] == [row["completion"] for row in rows]
+    assert [row["status"] for row in found] == [
+        "correct" if row["completion"] == f"\\boxed{{{row['gold']}}}" else "wrong" for row in found
+    ]
+    assert {row["status"] for row in found} == {"correct", "wrong"}
+    assert [row["tokens"] for row in found] == [None] * 3 + [9] + [None] * 36
+    assert {(row["seed"], row["max_tokens"], row["finish_reason"]) for row in found} == {(None, None, "length")}
+    assert spent.tokens_per_second is None

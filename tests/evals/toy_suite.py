@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from evals.suites import Protocol, Suite
 from evals.tasks import Item, Task, TaskData
-from gift.generation import Request, Sample, SamplingParams
+from gift.generation import Engine, Request, Sample, SamplingParams
 from gift.records import RunDir, sha256_json, sha256_weights
 
 TEMPLATE = (
@@ -45,11 +45,11 @@ def write_checkpoint(folder: Path, *, fill: float = 0.0) -> Path:
     return folder
 
 
-class MadeUpEngine:
+class MadeUpEngine(Engine):
     """Boxes a number between 0 and 9, or rambles until it is cut off.
 
-    A sample depends on the whole batch: records can only be equal where the batches were. `interrupt_at` is the number
-    of the call that Ctrl-C hits.
+    A sample depends on the whole batch: records can only be equal where the batches were. Samples come last one first.
+    `interrupt_at` is the number of the call that Ctrl-C hits.
     """
 
     def __init__(
@@ -61,19 +61,20 @@ class MadeUpEngine:
         self.batches: list[list[Request]] = []
         self.closed = False
 
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
+    def stream(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]:
         if len(self.batches) == self.interrupt_at:
             raise KeyboardInterrupt
         self.batches.append(list(requests))
         batch = sha256_json([request.seed for request in requests])
-        samples = []
-        for request in requests:
+        for number, request in reversed(list(enumerate(requests))):
             rng = random.Random(f"{request.seed} {batch}")
             text = f"\\boxed{{{rng.randrange(10)}}}<end>" if rng.random() < 0.8 else "well " * 40
             ids = self.tokenizer.encode(text, add_special_tokens=False)[: request.max_tokens]
             ended = ids[-1] == self.tokenizer.eos_token_id
-            samples.append(Sample(ids, "stop" if ended else "length", [0.0] * len(ids)))
-        return samples
+            yield number, Sample(ids, "stop" if ended else "length", [0.0] * len(ids))
+
+    def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
+        raise AssertionError("evaluation scores nothing")
 
     def update_weights(self, model: PreTrainedModel) -> None:
         raise AssertionError("evaluation must not change the weights it measures")

@@ -231,8 +231,14 @@ def test_a_checkpoint_that_cannot_be_served(tmp_path, checkpoint, tokenizer):
     config.write_text(
         config.read_text().replace("Qwen2ForCausalLM", "NobodyForCausalLM").replace('"qwen2"', '"nobody"')
     )
-    with pytest.raises(UserError, match="strange: vLLM cannot serve this checkpoint: .*nobody"):
+    with pytest.raises(UserError, match=r"strange: vLLM cannot serve this checkpoint: .*nobody"):
         VLLMEngine(strange, SETTINGS)
+
+
+def test_heads_that_vllm_has_no_kernel_for(tmp_path, tokenizer):
+    narrow = save(tmp_path / "narrow", tokenizer, hidden_size=96)
+    with pytest.raises(UserError, match=r"narrow: vLLM cannot serve this checkpoint: .*head_dim=24"):
+        VLLMEngine(narrow, SETTINGS)
 
 
 def test_a_cache_without_room_for_a_sample(tmp_path, checkpoint):
