@@ -14,8 +14,8 @@ bytes, of which T are trained, on R ranks, and N tokens per micro-batch:
 
 The formulas are those of a Llama-like decoder with sdpa attention, and of DeepSpeed 0.19; the numbers marked as
 measured are of this version, on a CPU; the formulas for a GPU have not been measured. Not counted: on a GPU, the CUDA
-context (about 0.5 GB) and fragmentation; the attention weights that `eager` keeps; in RL, the keys and values of
-sampling and what a vLLM engine reserves. The prediction is for the longest examples there may be and several
+context (about 0.5 GB) and fragmentation; the attention weights that `eager` keeps; what vLLM needs beside its weights
+and cache. The prediction is for the longest examples there may be and several
 micro-batches to a step; less than that takes less.
 """
 
@@ -28,12 +28,12 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import AutoModelForCausalLM
 
-from gift.recipe import Engine, LoRA
+from gift.recipe import Engine, Generation, LoRA
 from gift.vocab.head import BLOCK_BYTES as PRODUCT_BYTES
 from gift.vocab.loss import CHUNK_BYTES, MOST_TOKENS
 
 MIB = 2**20
-Phase = Literal["load", "forward", "backward", "embedding", "reduce", "step"]
+Phase = Literal["load", "forward", "backward", "embedding", "reduce", "step", "rollout"]
 FLOAT32 = 4
 # Measured on Linux, x86-64, with the packages pinned in pyproject.toml: resident memory of a process on a CPU that has
 # imported the suite and passed a first batch through a model, and what ZeRO's modules add to it.
@@ -44,6 +44,7 @@ ZERO_BYTES = 45 * MIB
 KEPT_BY_MALLOC = 0.6
 REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default
 SUB_GROUP = 1_000_000_000  # elements that ZeRO 3 steps on at a time; DeepSpeed's default
+SAMPLED_BYTES = 20  # of a logit that the hf engine draws from: in fp32, and its probability and their sum in fp64
 TOKEN_BYTES = 8  # of a token in an encoded example: the pointer to an integer that all examples share
 
 
@@ -60,6 +61,8 @@ class Shape:
     layers: int
     attention: int
     """Heads x width of a head."""
+    keys: int
+    """Heads of keys x width of a head."""
     tied: bool
     """Whether the LM head is the embedding."""
     linear: dict[str, int]
@@ -87,6 +90,7 @@ class Shape:
             intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
             layers=config.num_hidden_layers,
             attention=heads * width,
+            keys=(getattr(config, "num_key_value_heads", None) or heads) * width,
             tied=head is model.get_input_embeddings().weight,
             linear=linear,
         )
@@ -173,12 +177,15 @@ def predict(
     recompute: bool = False,
     optimizers: int = 1,
     encoded_tokens: int = 0,
+    generation: Generation | None = None,
+    rollouts: MicroBatch | None = None,
 ) -> Prediction:
     """The memory of one of `ranks` ranks.
 
     `reference`: a frozen model runs beside the policy (with LoRA, the same one). `recompute`: logits are computed a
     second time in the backward pass, as in RL. `optimizers`: how many of them have moments of their own.
-    `encoded_tokens`: how many tokens of data the process holds.
+    `encoded_tokens`: how many tokens of data the process holds. `generation` and `rollouts`: what samples, and the
+    responses it draws at once, prompts included.
     """
     states = state_parts(shape, engine, ranks=ranks, on_gpu=on_gpu, lora=lora, optimizers=optimizers)
     parts = [*states, *pass_parts(shape, engine, micro_batch, on_gpu=on_gpu, lora=lora, recompute=recompute)]
@@ -188,6 +195,8 @@ def predict(
             parts.append(Part("reference", frozen_bytes(shape, engine, ranks), at_load=on_gpu))
         if not recompute:
             parts.append(Part("reference's logits", tile_bytes(shape, micro_batch.tokens, on_gpu), ("forward",)))
+    if generation is not None and rollouts is not None:
+        parts += rollout_parts(shape, engine, generation, rollouts, on_gpu=on_gpu)
     parts.append(Part("encoded data", encoded_tokens * TOKEN_BYTES, on_host=True, at_load=True))
     if not on_gpu:
         pieces = {"activations": 1, "reduced gradients": 2}
@@ -292,6 +301,28 @@ def pass_parts(
         Part("gradients in a layer", in_layer, ("backward",)),
         # A tied head's gradient waits for the embedding's, which is dense as well.
         Part("gradient of the embedding", 2 * head if shape.tied else head, ("embedding",)),
+    ]
+
+
+def rollout_parts(
+    shape: Shape, engine: Engine, generation: Generation, rollouts: MicroBatch, *, on_gpu: bool
+) -> list[Part]:
+    """What sampling takes: a whole model at ZeRO stage 3, keys and values, and what the engine has of its own."""
+    element = width(engine)
+    whole = Part("gathered model", element * shape.parameters if engine.zero_stage == 3 else 0, ("rollout",))
+    if generation.engine == "server":
+        return [whole, Part("weights to hand over", element * shape.parameters, ("rollout",), on_host=True)]
+    cache = generation.cache_gb * 1e9
+    if generation.engine == "vllm":
+        when: tuple[Phase, ...] = ("rollout",) if on_gpu and generation.sleep else ()
+        weights = element * shape.parameters / generation.tensor_parallel
+        return [whole, Part("vLLM's weights", weights, when), Part("vLLM's keys and values", cache, when)]
+    row = 2 * element * shape.layers * shape.keys * rollouts.length
+    rows = min(rollouts.rows, generation.max_rows, max(1, int(cache / row)))
+    return [
+        whole,
+        Part("keys and values", rows * row, ("rollout",)),
+        Part("logits of sampling", SAMPLED_BYTES * shape.vocab * rows, ("rollout",)),
     ]
 
 

@@ -87,8 +87,9 @@ def optimizers_of(recipe: Recipe, stage: StagePlan) -> int:
 
 
 def memory_of(recipe: Recipe, stage: StagePlan, shape: Shape, *, ranks: int, on_gpu: bool) -> Prediction:
-    """The memory of one rank during a stage, of stage 2 while it updates the policy."""
+    """The memory of one rank during a stage."""
     share = -(-stage.sequences // ranks)
+    rollouts = None
     held = (stage.problems + recipe.data.validation) * recipe.data.max_length
     if stage.stage == "init":
         objective = OBJECTIVES[recipe.methods[stage.method].objective or ""]
@@ -97,6 +98,7 @@ def memory_of(recipe: Recipe, stage: StagePlan, shape: Shape, *, ranks: int, on_
         rl = recipe.rl_of(stage.method)
         assert rl is not None
         reference, held = rl.kl_coef > 0, 0
+        rollouts = MicroBatch(-(-rl.batch_size // ranks) * rl.group_size, stage.max_length)
     return predict(
         shape,
         recipe.engine,
@@ -108,6 +110,8 @@ def memory_of(recipe: Recipe, stage: StagePlan, shape: Shape, *, ranks: int, on_
         recompute=stage.stage == "rl",
         optimizers=optimizers_of(recipe, stage),
         encoded_tokens=held,
+        generation=recipe.generation,
+        rollouts=rollouts,
     )
 
 
@@ -214,12 +218,11 @@ class Plan:
             found = memory_of(self.recipe, stage, self.shape, ranks=self.ranks, on_gpu=self.on_gpu)
             alike.setdefault((stage.stage, tuple(found.parts)), []).append(stage)
         yield f"predicted for {self.shape.parameters:,} parameters and the longest sequences there may be"
-        for (kind, parts), same in alike.items():
+        for (_, parts), same in alike.items():
             prediction = Prediction(parts, self.on_gpu)
             where = f"GPU {readable(prediction.peak)}, host {readable(prediction.host)}"
             peak = where if self.on_gpu else readable(prediction.peak)
-            more = ", not counting the key/value cache of sampling" if kind == "rl" else ""
-            yield f"{', '.join(stage.policy for stage in same)}: at most {peak}{more}"
+            yield f"{', '.join(stage.policy for stage in same)}: at most {peak}"
             rows = [
                 (f"  {part.name}", readable(part.size), ", ".join(part.phases) or "always", "host" * part.on_host)
                 for part in parts

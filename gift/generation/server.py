@@ -4,8 +4,9 @@
 
 One HTTP request is one sample, with its own seed and with token ids both ways, which OpenAI's protocol lacks and vLLM's
 `return_token_ids` adds. RL hands its weights over as a safetensors file in a folder that both machines see, through
-vLLM's development endpoints (VLLM_SERVER_DEV_MODE=1 in the server's environment); with each goes a version, by which
-weights that are not the last ones sent are noticed, be it that the server was restarted in between.
+vLLM's development endpoints (VLLM_SERVER_DEV_MODE=1 in the server's environment). With each goes a version, by which
+weights that are not the last ones sent are noticed: the server was restarted, or another run has used it. On a CPU the
+server also needs --no-enable-chunked-prefill: a seed and a prompt computed in pieces make vLLM 0.32 end there.
 """
 
 from __future__ import annotations

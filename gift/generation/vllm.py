@@ -33,7 +33,7 @@ OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 SMALL_CACHE = ("auto-fit max_model_len", "KV cache")
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process
-    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_LEVEL": "CRITICAL",  # with an error it would print all requests; its message is passed on
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else it pins this process, the trainer's, to a core
 }
@@ -53,6 +53,8 @@ class VLLMEngine(Engine):
         module = import_vllm()
         self._vllm, self._settings = module, settings
         self._on_gpu = torch.cuda.is_available()
+        if settings.chunked_prefill and not self._on_gpu:  # what it draws for a piece of a prompt it cannot take back
+            raise UserError("generation.chunked_prefill: vLLM 0.32 cannot do this on a CPU; leave it at null")
         self._eager = not self._on_gpu if settings.eager is None else settings.eager
         self._sleeps = in_training and settings.sleep and self._on_gpu
         self._asleep = False
@@ -73,7 +75,9 @@ class VLLMEngine(Engine):
                     max_num_seqs=settings.max_rows,
                     tensor_parallel_size=settings.tensor_parallel,
                     enable_prefix_caching=settings.prefix_caching,
-                    enable_chunked_prefill=settings.chunked_prefill,
+                    enable_chunked_prefill=self._on_gpu
+                    if settings.chunked_prefill is None
+                    else settings.chunked_prefill,
                     enforce_eager=self._eager,
                     enable_sleep_mode=self._sleeps,
                     logprobs_mode="processed_logprobs",

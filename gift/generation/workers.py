@@ -30,9 +30,11 @@ from transformers import PreTrainedModel
 from gift.cli import UserError
 from gift.generation import Engine, GenerationError, Request, Sample, SamplingParams, check_request
 from gift.generation.build import build_engine
+from gift.models import quiet_transformers
 from gift.recipe import Generation
 
 POLL_SECONDS = 1.0  # how often a worker's process is looked at where its socket is silent
+HEAR_SECONDS = 0.2  # how long a worker that is about to be killed may still say that its work is done
 CLOSE_SECONDS = 10.0  # what an idle worker may take to close its engine
 SERVE = "from gift.generation.workers import serve; serve()"
 
@@ -40,10 +42,13 @@ SERVE = "from gift.generation.workers import serve; serve()"
 class WorkerEngine(Engine):
     """`settings.data_parallel` copies of the engine that `build` makes, which share the requests of a call.
 
-    Requests go out in order, about four batches to a worker, the largest first: large ones keep a copy's rows full,
-    small ones at the end even out what remains. A worker has its next batch before it ends the present one. A stream
-    may be left before its end: the workers drop what remains of it, and the engine can be used again. An error that a
-    worker's engine raises is raised here, likewise; a worker that dies ends the engine.
+    Prompts are dealt out in turn, so that hard ones which stand together do not go to one worker. Batches are handed
+    to whoever is free, the largest first, and a worker has its next one before it ends the present one; but none is
+    small, because rows stand empty while a batch's longest responses are finished. What a copy can sample in about two
+    rounds of its rows is therefore one batch.
+
+    A stream may be left before its end: the workers drop what remains of it, and the engine can be used again. So can
+    it after an error that a worker's engine raised, which is raised here; a worker that dies ends the engine.
 
     Raises UserError where there are too few GPUs, and what `build` raises.
     """
@@ -58,6 +63,7 @@ class WorkerEngine(Engine):
     ) -> None:
         self.workers: list[Worker] = []
         self._call = 0
+        self._max_rows = settings.max_rows
         count = settings.data_parallel
         job = build, replace(settings, data_parallel=1), checkpoint, dtype
         places = environments(count, settings.tensor_parallel)
@@ -104,7 +110,8 @@ class WorkerEngine(Engine):
             raise GenerationError("this engine is closed: its workers have ended")
         self._call += 1
         call, given, missing = self._call, 0, len(work)
-        smallest = math.ceil(len(work) / (8 * len(self.workers)))
+        order = dealt(work, len(self.workers))
+        smallest = min(2 * self._max_rows, math.ceil(len(work) / len(self.workers)))
         try:
             while missing:
                 if call != self._call or not self.workers:
@@ -113,7 +120,8 @@ class WorkerEngine(Engine):
                 for depth, worker in itertools.product((1, 2), self.workers):
                     if worker.busy < depth and given < len(work):
                         size = max(smallest, math.ceil((len(work) - given) / (2 * len(self.workers))))
-                        worker.give(("work", call, given, work[given : given + size], params))
+                        numbers = order[given : given + size]
+                        worker.give(("work", call, numbers, [work[number] for number in numbers], params))
                         given += size
                 for kind, of, content in self._messages():
                     if kind == "error" and of == call:
@@ -191,6 +199,10 @@ class Worker:
 
     def dismiss(self) -> None:
         """Asks it to close its engine; one at work has no time for that and is killed."""
+        deadline = time.monotonic() + HEAR_SECONDS
+        with contextlib.suppress(EOFError, OSError):  # that it is done may not have been heard yet
+            while self.busy and self.connection.poll(max(0.0, deadline - time.monotonic())):
+                self.hear()
         if self.busy:
             self._kill()
         else:
@@ -208,6 +220,17 @@ class Worker:
         """Kills the process with all its children, also those it left behind."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def dealt(work: Sequence[Any], count: int) -> list[int]:
+    """The numbers of the pieces of work, dealt to `count` hands in turn; requests of one prompt stay together."""
+
+    def prompt_of(number: int) -> Any:
+        piece = work[number]
+        return piece.prompt_ids if isinstance(piece, Request) else number
+
+    groups = [list(numbers) for _, numbers in itertools.groupby(range(len(work)), key=prompt_of)]
+    return [number for hand in range(count) for group in groups[hand::count] for number in group]
 
 
 def environments(count: int, tensor_parallel: int) -> list[dict[str, str]]:
@@ -237,19 +260,20 @@ def serve() -> None:
     parent = Connection(int(sys.argv[1]))
     build, settings, checkpoint, dtype = parent.recv()
     inbox = Inbox(parent)
+    quiet_transformers()
     try:
         engine: Engine = build(settings, checkpoint, dtype=dtype)
     except UserError as error:
         parent.send(("error", 0, error))
         return
     parent.send(("ready", 0, engine.max_model_len))
-    for call, first, work, params in inbox:
+    for call, numbers, work, params in inbox:
         try:
             results = perform(engine, work, params) if call > inbox.dropped else iter(())
-            for number, result in results:
+            for place, result in results:
                 if call <= inbox.dropped:
                     break
-                parent.send(("result", call, (first + number, result)))
+                parent.send(("result", call, (numbers[place], result)))
         except UserError as error:
             parent.send(("error", call, error))
         parent.send(("done", call, None))
@@ -257,7 +281,7 @@ def serve() -> None:
 
 
 def perform(engine: Engine, work: Sequence[Any], params: SamplingParams | None) -> Iterator[tuple[int, Any]]:
-    """The numbers and results of what a batch asks for: samples, or scores where there are no params."""
+    """The places and results of what a batch asks for: samples, or scores where there are no params."""
     return iter(enumerate(engine.score(work))) if params is None else engine.stream(work, params)
 
 

@@ -64,8 +64,8 @@ class Generation:
     """vllm: devices that share a copy of the model. RL with its own vLLM takes 1."""
     prefix_caching: bool = True
     """vllm: keeps what prompts have in common, until the weights change."""
-    chunked_prefill: bool = True
-    """vllm: mixes pieces of long prompts into the batches of decoding."""
+    chunked_prefill: bool | None = None
+    """vllm: mixes pieces of long prompts into the batches of decoding. null: on a GPU; vLLM 0.32 cannot on a CPU."""
     eager: bool | None = None
     """vllm: neither compiles nor records CUDA graphs: starts sooner, samples slower. null: only on a CPU."""
     sleep: bool = True

@@ -14,7 +14,9 @@ import evals.run
 from evals.run import evaluate, main
 from evals.suites import SUITES
 from gift.cli import UserError
-from gift.records import RunDir, read_jsonl, read_table, sha256_weights
+from gift.generation import GenerationError, RepetitionGuard
+from gift.recipe import Generation, as_tree
+from gift.records import RunDir, read_jsonl, read_table, sha256_file, sha256_weights
 
 TOKENIZER = tiny_tokenizer()
 
@@ -175,6 +177,10 @@ CHANGES = {
     "seed": ({"seed": 1}, "seed was 0, is now 1"),
     "dtype": ({"dtype": "float32"}, "dtype was 'auto', is now 'float32'"),
     "batch size": ({"batch_size": 8}, "batch_size was 20, is now 8"),
+    "engine": ({"generation": Generation(engine="vllm")}, "engine was 'hf', is now 'vllm'"),
+    "top-k": ({"protocol": replace(PROTOCOL, top_k=5)}, "top_k was 0, is now 5"),
+    "stop": ({"protocol": replace(PROTOCOL, stop=("x",))}, r"stop was \[\], is now \['x'\]"),
+    "guard": ({"protocol": replace(PROTOCOL, repetition_guard=RepetitionGuard(4, 3))}, "repetition_guard was None, is"),
     "data": ({"suite": toy_suite(Sums("small", "Small sums", "easy", count=6))}, "small .*data sha256 was"),
 }
 
@@ -190,6 +196,75 @@ def test_samples_made_otherwise_are_never_mixed(tmp_path, change):
         evaluate(run, ["sft"], **{"suite": toy_suite(), "protocol": PROTOCOL, "engine_for": engines, **arguments})
     assert engines.built == {}
     assert records(run) == before
+
+
+def test_how_the_engine_is_run_may_change_between_samples(tmp_path):
+    run = toy_run(tmp_path / "run", "sft")
+    evaluate(run, ["sft"], toy_suite(), PROTOCOL, engine_for=Engines(), limit=3)
+    rows = read_jsonl(run.path / "samples" / "sft" / "small.jsonl")
+    others = [Generation(cache_gb=1, max_rows=7), Generation(data_parallel=2), Generation()]
+    for limit, generation in zip((4, 6, 7), others, strict=True):
+        engines = Engines()
+        evaluate(
+            RunDir.open(run.path),
+            ["sft"],
+            toy_suite(),
+            PROTOCOL,
+            engine_for=engines,
+            generation=generation,
+            limit=limit,
+            tasks=["small"],
+        )
+        (engine,) = engines.built.values()
+        asked = {request.key[1] for batch in engine.batches for request in batch}
+        # What was written stays; hf alone in its process samples its last batch of two items again as a whole.
+        assert asked == {f"small-{n}" for n in {4: (2, 3), 6: (4, 5), 7: (6,)}[limit]}
+        before, rows = rows, read_jsonl(run.path / "samples" / "sft" / "small.jsonl")
+        assert rows[: len(before)] == before
+        assert len(rows) == 8 * limit
+
+
+def test_a_manifest_from_before_a_setting_existed_means_its_default(tmp_path):
+    run = toy_run(tmp_path / "run", "sft")
+    evaluate(run, ["sft"], toy_suite(), PROTOCOL, engine_for=Engines(), limit=2)
+    protocol = run.manifest["eval"]["toy"]["protocol"]
+    for name in ("top_k", "min_p", "stop", "repetition_guard"):
+        del protocol[name]
+    run.save()
+    evaluate(RunDir.open(run.path), ["sft"], toy_suite(), PROTOCOL, engine_for=Engines(), limit=4)
+    with pytest.raises(UserError, match=r"min_p was 0\.0, is now 0\.1"):
+        evaluate(run, ["sft"], toy_suite(), replace(PROTOCOL, min_p=0.1), engine_for=Engines())
+
+
+@pytest.mark.parametrize("generation", [Generation(engine="vllm"), Generation(data_parallel=2)], ids=str)
+def test_engines_that_fill_their_rows_themselves_get_all_that_is_missing_at_once(tmp_path, generation):
+    run = toy_run(tmp_path / "run", "sft")
+    engines = Engines()
+    evaluate(run, ["sft"], toy_suite(), PROTOCOL, engine_for=engines, generation=generation)
+    assert [len(batch) for batch in engines.built["sft"].batches] == [7 * 8, 3 * 8]
+    assert ("batch_size" in run.manifest["eval"]["toy"]["protocol"]) == (generation.engine == "hf")
+
+
+def test_a_breakdown_says_where_the_samples_are_and_how_to_go_on(tmp_path):
+    class Dying(MadeUpEngine):
+        def stream(self, requests, params):
+            for count, found in enumerate(super().stream(requests, params)):
+                if count == 20:
+                    raise GenerationError("generation worker 1 of 2 was killed by SIGKILL")
+                yield found
+
+    run = toy_run(tmp_path / "run", "sft")
+    dying, parallel = Dying(TOKENIZER), Generation(data_parallel=2)
+    message = rf"^generation worker 1 of 2 was killed .*; what is complete is in {run.path}/samples: the same command"
+    with pytest.raises(GenerationError, match=message):
+        evaluate(run, ["sft"], toy_suite(), PROTOCOL, engine_for=lambda _: dying, generation=parallel)
+    assert dying.closed
+    log = run.path / "samples" / "sft" / "small.jsonl"
+    before = read_jsonl(log)
+    assert [row["item"] for row in before] == ["small-6"] * 8 + ["small-5"] * 8
+    evaluate(RunDir.open(run.path), ["sft"], toy_suite(), PROTOCOL, engine_for=Engines(), generation=parallel)
+    assert read_jsonl(log)[:16] == before
+    assert len(read_jsonl(log)) == 7 * 8
 
 
 def test_samples_of_other_weights_template_or_grader_are_never_mixed(tmp_path, monkeypatch):
@@ -366,6 +441,20 @@ def test_prompts_that_do_not_fit_are_told(command, capsys, monkeypatch):
         (["--model", "runs/none"], "runs/none: this run has no checkpoints yet"),
         (["--model", "./nowhere"], "nowhere: no such checkpoint folder"),
         (["--model", "hollow"], r"hollow: no \*\.safetensors in this folder"),
+        (["--model", "model", "--engine", "server"], "--url belongs to --engine server, and to it alone"),
+        (["--model", "model", "--url", "http://x"], "--url belongs to --engine server"),
+        (["--model", "model", "--tensor-parallel", "2"], "--tensor-parallel is a setting of vllm alone"),
+        (["--model", "model", "--cache-gb", "0"], r"--cache-gb must be positive, got 0\.0"),
+        (["--model", "model", "--engine", "vllm", "--batch-size", "8"], "--batch-size is for hf: vllm fills"),
+        (["--model", "model", "--engine", "server", "--url", "http://x", "--dtype", "float32"], "--dtype is decided"),
+        (["--model", "model", "--suite", "toy", "--top-k", "-1"], "top_k is -1"),
+        (["--model", "model", "--suite", "toy", "--stop", ""], "stop holds an empty string"),
+        (["--generations", "none.jsonl", "--suite", "toy"], r"none\.jsonl: no such file of generations"),
+        (["--generations", "a.jsonl", "--model", "model"], "--model: for sampling a model, not for --generations"),
+        (
+            ["--generations", "a.jsonl", "--top-p", "1", "--seed", "0", "--stop", "x"],
+            "--top-p, --stop, --seed: for samp",
+        ),
         (["--model", "not-to/be-had"], r"not-to/be-had: no such folder, and not to be had from the Hub \(.*\)"),
     ],
 )
@@ -410,6 +499,107 @@ def test_a_training_run_is_evaluated_as_its_recipe_says_unless_told_otherwise(co
     # What the samples were made with goes before the recipe, so that this continues them.
     assert command(["--suite", "math", "--task", "gsm8k", "--model", "runs/mine"]) == 0
     assert RunDir.open(run.path).manifest["eval"]["math"]["tasks"]["gsm8k"]["items"] == 2
+
+
+def test_a_training_run_is_evaluated_by_its_recipes_engine_unless_told_otherwise(command, monkeypatch):
+    asked = []
+
+    def build_engine(settings, checkpoint, *, dtype):
+        asked.append((settings, dtype))
+        return MadeUpEngine(TOKENIZER)
+
+    monkeypatch.setattr(evals.run, "build_engine", build_engine)
+    own = Generation(engine="vllm", tensor_parallel=2, max_rows=9)
+    for number, (options, expected) in enumerate(
+        [
+            ([], (own, "auto")),
+            (["--data-parallel", "3", "--dtype", "float32"], (replace(own, data_parallel=3), "float32")),
+            (["--engine", "hf", "--cache-gb", "0.5"], (Generation(cache_gb=0.5), "auto")),
+        ]
+    ):
+        run = toy_run(Path(f"runs/{number}"), "sft")
+        run.update(recipe={"seed": 0, "generation": as_tree(own)})
+        assert command(["--suite", "toy", "--task", "more", "--model", str(run.path), *options]) == 0
+        assert asked.pop() == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generations of one's own
+
+
+def answers(path: Path, *, runs: int = 4, samples: int = 2, items: int = 7) -> Path:
+    """A file with completions of the first items of the toy suite's two tasks, some of them right."""
+    rows = [
+        {"task": task, "item": f"{task}-{n}", "run": run, "sample": s, "completion": f"\\boxed{{{(n + run + s) % 9}}}"}
+        for task, count in (("small", 7), ("more", 3))
+        for n in range(min(count, items))
+        for run in range(runs)
+        for s in range(samples)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_generations_are_a_policy_of_a_run_of_their_own(command, capsys):
+    file = answers(Path("gpt-x.jsonl"))
+    assert command(["--suite", "toy", "--generations", str(file)]) == 0
+    digest = sha256_file(file)
+    run = RunDir.open(Path("runs") / f"eval-gpt-x-{digest[:8]}")
+    assert (run.manifest["kind"], run.manifest["status"]) == ("eval", "complete")
+    assert run.manifest["recipe"] == {"generations": "gpt-x.jsonl"}
+    (node,) = run.manifest["lineage"]
+    assert (node["id"], node["weights_sha256"], node["checkpoint"]) == ("gpt-x", digest, str(file.resolve()))
+    protocol = run.manifest["eval"]["toy"]["protocol"]
+    assert protocol == {"runs": 4, "samples_per_run": 2, "prompt": "{problem}", "engine": "replay"}
+    assert run.manifest["eval"]["toy"]["tasks"]["small"]["policies"]["gpt-x"]["chat_template_sha256"] is None
+    rows = [row for log in sorted((run.path / "samples").rglob("*.jsonl")) for row in read_jsonl(log)]
+    stored = {(row["item"], row["run"], row["sample"]): row["completion"] for row in read_jsonl(file)}
+    assert {(row["item"], row["run"], row["sample"]): row["completion"] for row in rows} == stored
+    assert all((row["score"] == 1) == (row["completion"] == f"\\boxed{{{row['gold']}}}") for row in rows)
+    assert 0 < sum(row["score"] for row in rows) < len(rows)
+    shown = capsys.readouterr().out
+    assert "toy: 4 x 2 samples an item, from gpt-x.jsonl\n" in shown
+    assert re.search(r"^small +gpt-x +7 .* 0\.0% +0\.0% +- +-$", shown, re.M), "neither tokens nor tokens/s are known"
+    before = records(run)
+    assert command(["--suite", "toy", "--generations", str(file)]) == 0
+    assert records(run) == before
+
+
+def test_a_runs_own_log_is_graded_again_with_equal_scores(command):
+    write_checkpoint(Path("model"))
+    assert command(["--suite", "toy", "--model", "model", "--out", "first", "--task", "small"]) == 0
+    log = Path("first/samples/model/small.jsonl")
+    argv = ["--suite", "toy", "--task", "small", "--generations", str(log), "--policy-name", "model", "--out", "again"]
+    assert command(argv) == 0
+    unknown = {"seed": None, "max_tokens": None}
+    assert read_jsonl(Path("again/samples/model/small.jsonl")) == [{**row, **unknown} for row in read_jsonl(log)]
+    assert read_table(Path("again/items.parquet")) == read_table(Path("first/items.parquet"))
+
+
+def test_generations_that_do_not_suffice_say_what_they_suffice_for_and_can_be_completed(command):
+    argv = ["--suite", "toy", "--generations", "a.jsonl", "--out", "out"]
+    answers(Path("a.jsonl"), runs=1, samples=3)
+    with pytest.raises(UserError, match=r"a\.jsonl: no completion for 42 of 56 .*give --runs 1 --samples-per-run 3$"):
+        command(argv)
+    assert RunDir.open(Path("out")).manifest["status"] == "failed"
+    assert not Path("out/samples").exists()
+    answers(Path("a.jsonl"), items=3)
+    with pytest.raises(UserError, match="give --limit 3, or complete it"):
+        command(argv)
+    answers(Path("a.jsonl"))
+    assert command(argv) == 0
+    answers(Path("a.jsonl"), items=5)
+    with pytest.raises(UserError, match="out: its policy 'a' has other weights"):
+        command(argv)
+    assert command([*argv[:-1], "short", "--limit", "5", "--policy-name", "b"]) == 0
+
+
+def test_generations_and_samples_of_a_model_do_not_share_a_suite(command):
+    write_checkpoint(Path("model"))
+    assert command(["--suite", "toy", "--model", "model", "--out", "out"]) == 0
+    argv = ["--suite", "toy", "--generations", str(answers(Path("a.jsonl"))), "--out", "out"]
+    with pytest.raises(UserError, match="engine was 'hf', is now 'replay'"):
+        command(argv)
 
 
 @pytest.mark.parametrize("error", [UserError("no room"), RuntimeError("out of memory")])

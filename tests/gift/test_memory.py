@@ -15,7 +15,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from torch import nn
-from transformers import Qwen2Config
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from gift import nano
 from gift.batches import pieces
@@ -33,7 +33,7 @@ from gift.memory import (
     predict,
 )
 from gift.models import load_tokenizer
-from gift.recipe import Engine, LoRA, Pretrain
+from gift.recipe import Engine, Generation, LoRA, Pretrain
 
 MID = Qwen2Config(
     vocab_size=32_000,
@@ -52,6 +52,7 @@ SEVEN_B = Shape(
     intermediate=18_944,
     layers=28,
     attention=3584,
+    keys=512,
     tied=False,
     linear={},
 )
@@ -241,6 +242,41 @@ def sizes(ranks: int = 8, lora: LoRA | None = None, **settings) -> dict[str, flo
         SEVEN_B, Engine(**settings), MicroBatch(2, 8192), ranks=ranks, on_gpu=True, lora=lora, reference=True
     )
     return {part.name: part.size for part in prediction.parts}
+
+
+def with_rollouts(shape: Shape, rollouts: MicroBatch, generation: Generation, **settings) -> Prediction:
+    engine = Engine(**settings)
+    return predict(shape, engine, MicroBatch(8, 8192), ranks=8, on_gpu=True, generation=generation, rollouts=rollouts)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_keys_and_values_take_what_transformers_keeps(dtype):
+    model = Qwen2ForCausalLM(MID).to(getattr(torch, dtype))
+    kept = model(torch.zeros(3, 7, dtype=torch.int64), use_cache=True).past_key_values
+    expected = sum(layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)
+
+    def predicted(**settings) -> float:
+        found = with_rollouts(Shape.of(MID), MicroBatch(3, 7), Generation(**settings), dtype=dtype)
+        return {part.name: part.size for part in found.parts}["keys and values"]
+
+    assert predicted() == expected
+    assert predicted(max_rows=1) == expected / 3
+    assert predicted(cache_gb=2.5 * expected / 3 / 1e9) == 2 * expected / 3
+
+
+def test_vllm_has_weights_and_a_cache_of_its_own_while_it_is_awake():
+    def predicted(**settings) -> Prediction:
+        generation = Generation(**{"engine": "vllm", "cache_gb": 10, **settings})
+        return with_rollouts(SEVEN_B, MicroBatch(64, 4096), generation, zero_stage=3)
+
+    sizes = {part.name: part.size for part in predicted().parts}
+    weights = 2 * SEVEN_B.parameters
+    assert sizes["vLLM's weights"] == sizes["gathered model"] == weights
+    assert sizes["vLLM's keys and values"] == 10e9
+    assert {part.name: part.size for part in predicted(tensor_parallel=2).parts}["vLLM's weights"] == weights / 2
+    asleep, awake = predicted().peak, predicted(sleep=False).peak
+    assert awake - asleep == pytest.approx(weights + 10e9)  # the update is what takes most here
+    assert predicted(engine="server").peak == asleep
 
 
 def test_zero_shards_what_its_stages_say():

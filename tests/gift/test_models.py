@@ -167,8 +167,7 @@ def test_logits_changed_after_the_head_are_those_of_the_model(config, model, set
     assert logit_map(made)
     torch.testing.assert_close(stats.logp.double(), expected.gather(1, ids[0][:, None])[:, 0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(stats.entropy.double(), -(expected.exp() * expected).sum(-1), rtol=1e-4, atol=1e-4)
-    (sample,) = HFEngine(made).generate([Request(tuple(ids[0].tolist()), 3)], SamplingParams(max_tokens=1))
-    assert sample.logps is not None
+    (sample,) = HFEngine(made).generate([Request(tuple(ids[0].tolist()), 3)], SamplingParams(max_tokens=1, logps=True))
     assert sample.logps[0] == pytest.approx(expected[-1, sample.token_ids[0]].item(), abs=1e-4)
 
 

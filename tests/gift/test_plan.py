@@ -189,11 +189,13 @@ def test_the_device_is_that_of_the_recipe_unless_it_is_said(hub, monkeypatch):
     assert plan(nano, 1).on_gpu
 
 
-def test_the_memory_of_rl_is_said_to_be_without_sampling():
+def test_the_memory_of_rl_names_what_sampling_takes():
     text = sections(str(plan(load_recipe("nano"), 1, on_gpu=False)))["memory on a CPU"]
     peaks = [line for line in text.splitlines() if ": at most" in line]
     assert [line.partition(":")[0] for line in peaks] == ["sft", "gift", "sft-rl, gift-rl"]
-    assert ["not counting the key/value cache of sampling" in line for line in peaks] == [False, False, True]
+    assert text.count("keys and values") == 1
+    text = sections(str(plan(load_recipe("nano", ["generation.engine=vllm"]), 1, on_gpu=False)))["memory on a CPU"]
+    assert text.count("vLLM's keys and values") == 1
 
 
 def test_what_methods_change_is_printed_as_overrides_have_it(hub):

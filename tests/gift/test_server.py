@@ -1,4 +1,4 @@
-"""The client of a vLLM server: against a stub that misbehaves in known ways, and against vLLM itself."""
+"""The client of a vLLM server, against a stub that misbehaves in known ways; test_server_vllm.py has a real one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_model
-from vllm_server import servable_checkpoint, vllm_server
 
 from gift.cli import UserError
 from gift.generation import (
@@ -25,15 +24,18 @@ from gift.generation import (
     Sample,
     SamplingParams,
     StaleWeightsError,
-    completion_text,
 )
 from gift.generation.server import ServerEngine
 from gift.lora import add_adapters
-from gift.models import load_model, load_tokenizer
 from gift.recipe import Generation, LoRA
 
 WINDOW = 64
 MODELS = {"data": [{"id": "policy", "root": "/models/policy", "parent": None, "max_model_len": WINDOW}]}
+
+
+class QuietServer(ThreadingHTTPServer):
+    def handle_error(self, *_: Any) -> None:
+        """Clients that hang up are what is tested here."""
 
 
 class Stub:
@@ -49,9 +51,9 @@ class Stub:
         self.most_at_once = 0
         self._at_once = 0
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server = QuietServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def bodies(self, path: str = "/v1/completions") -> list[Any]:
         return [body for asked, body in self.asked if asked == path]
@@ -300,11 +302,10 @@ def test_a_cut_connection_is_tried_again_with_the_same_request(stub):
 def test_a_connection_cut_for_good_is_an_error_and_what_was_yielded_stays(stub):
     stub.replies["/v1/completions"] = lambda body: completion([9]) if body["prompt"] == [0] else None
     engine = ServerEngine(settings(stub.url, max_rows=1), None)
-    yielded = []
+    stream = engine.stream([Request((n,), n) for n in range(9)], SamplingParams(4))
+    assert next(stream)[0] == 0
     with pytest.raises(GenerationError) as error:
-        for number, _ in engine.stream([Request((n,), n) for n in range(9)], SamplingParams(4)):
-            yielded.append(number)
-    assert yielded == [0]
+        next(stream)
     assert "broke off" in line_of(error, stub.url)
 
 

@@ -246,6 +246,27 @@ def test_a_cache_without_room_for_a_sample(tmp_path, checkpoint):
         VLLMEngine(checkpoint, Generation(engine="vllm", cache_gb=1e-6), dtype="float32")
 
 
+def test_prompts_beyond_a_step_and_a_cache_beyond_its_room_change_no_sample(tmp_path, tokenizer):
+    """6,000 tokens of prompts exceed what vLLM prefills at once, and their cache what it has: samples are preempted."""
+    large = save(tmp_path / "large", tokenizer, max_position_embeddings=1024)
+    prompt = prompts(tokenizer)[0] * 100
+    requests = [Request(prompt[seed : seed + 300], seed) for seed in range(20)]
+    params = SamplingParams(200, 1.0, ignore_end=True)
+    found = []
+    for cache_gb in (0.05, 0.004):
+        engine = VLLMEngine(large, replace(SETTINGS, cache_gb=cache_gb, max_rows=20), dtype="float32")
+        try:
+            found.append([sample.token_ids for sample in engine.generate(requests, params)])
+        finally:
+            engine.close()
+    assert found[0] == found[1]
+
+
+def test_chunked_prefill_is_refused_on_a_cpu(checkpoint):
+    with pytest.raises(UserError, match=r"generation\.chunked_prefill: .* on a CPU"):
+        VLLMEngine(checkpoint, replace(SETTINGS, chunked_prefill=True))
+
+
 def test_a_smaller_cache_makes_a_smaller_window(tmp_path, tokenizer):
     large = save(tmp_path / "large", tokenizer, max_position_embeddings=1024)
     per_token = 2 * 2 * 2 * 32 * 4  # keys and values, layers, heads, width, bytes

@@ -71,6 +71,15 @@ def slow(settings: Generation, checkpoint: Path, *, dtype: str) -> Engine:
     return OfSeed(settings, checkpoint, dtype=dtype, seconds=0.03)
 
 
+def uneven(settings: Generation, checkpoint: Path, *, dtype: str) -> Engine:
+    """The first worker to start is five times as fast as others."""
+    try:
+        (checkpoint / "first").mkdir()
+    except FileExistsError:
+        return OfSeed(settings, checkpoint, dtype=dtype, seconds=0.05)
+    return OfSeed(settings, checkpoint, dtype=dtype, seconds=0.01)
+
+
 def stuck(settings: Generation, checkpoint: Path, *, dtype: str) -> Engine:
     return OfSeed(settings, checkpoint, dtype=dtype, seconds=1000)
 
