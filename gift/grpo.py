@@ -159,7 +159,8 @@ class GRPOTrainer:
         mine = [position for position in draw.kept if position in draw.groups]
         scored = iter(self.score([rollout for position in mine for rollout in draw.groups[position]]))
         groups = {position: list(itertools.islice(scored, len(draw.groups[position]))) for position in mine}
-        row = {**rollout_metrics(draw), **policy_metrics([each for group in groups.values() for each in group])}
+        learnt_from = [each for group in groups.values() for each in group]
+        row = {**rollout_metrics(draw), **policy_metrics(learnt_from, self.settings.importance_cap)}
         if self.generator.probe_gap is not None:
             row["probe_gap"] = self.generator.probe_gap
             draw.seconds["sync"], self.generator.sync_seconds = self.generator.sync_seconds, 0.0
@@ -294,19 +295,27 @@ def token_inputs(scored: Sequence[Scored], sequences: float, tokens: float, sett
     return inputs
 
 
-def policy_metrics(scored: Sequence[Scored]) -> dict[str, float]:
-    """Of the tokens drawn from the policy and learnt from: the old policy's mean entropy (nats), and how far the
-    generator's log-probabilities are from the trainer's, in the mean (nats; where the generator gives them)."""
+def policy_metrics(scored: Sequence[Scored], importance_cap: float) -> dict[str, float]:
+    """Means over the tokens drawn from the policy and learnt from.
+
+    `entropy`: the old policy's, in nats. Where the generator gives log-probabilities, `generator_gap`: how far they are
+    from the trainer's, in nats; `generator_ratio`: the trainer's probability over the generator's, 1 in expectation
+    where they draw alike; with a cap, `capped_share`: the share of ratios above it.
+    """
     drawn = [each for each in scored if each.rollout.source == "policy"]
     compared = [(each.old_logp, each.generator_logp) for each in drawn]
-    gaps = [(old_logp - logp).abs().double() for old_logp, logp in compared if logp is not None]
-    tokens, entropy, known, gap = total_over_ranks(
+    gaps = torch.cat([torch.zeros(0), *(old_logp - logp for old_logp, logp in compared if logp is not None)]).double()
+    tokens, entropy, known, gap, ratio, capped = total_over_ranks(
         [
             float(sum(each.rollout.tokens for each in drawn)),
             sum(each.old_entropy for each in drawn),
-            float(sum(map(len, gaps))),
-            float(sum(part.sum() for part in gaps)),
+            float(len(gaps)),
+            float(gaps.abs().sum()),
+            float(gaps.exp().sum()),
+            float((gaps.exp() > importance_cap).sum()),
         ]
     )
     row = {"entropy": entropy / tokens}
-    return {**row, "generator_gap": gap / known} if known else row
+    if known:
+        row |= {"generator_gap": gap / known, "generator_ratio": ratio / known}
+    return {**row, "capped_share": capped / known} if known and importance_cap else row

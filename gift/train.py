@@ -10,6 +10,7 @@ the numbers of an uninterrupted run.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from gift.job import Job
 from gift.models import check_checkpoint, is_local
 from gift.plan import plan
 from gift.provenance import code_version, hardware, package_versions
-from gift.recipe import Recipe, as_tree, load_recipe, recipes, shadowed
+from gift.recipe import Generation, Recipe, as_tree, load_recipe, recipes, shadowed
 from gift.records import RunDir, sha256_json, utc_now
 from gift.steps import clock
 from reports.build import summary_table
@@ -34,6 +35,7 @@ from reports.build import summary_table
 ADJUSTABLE = {
     *(f"engine.{name}" for name in ("micro_tokens", "packing", "gradient_checkpointing", "attention", "offload")),
     *("engine.keep_states", "engine.threads", "init.save_every", "rl.save_every", "reference.budget_gb"),
+    *(f"generation.{entry.name}" for entry in dataclasses.fields(Generation) if entry.name != "engine"),
 }
 REMEASURED = {"eval.": ("eval", "report"), "drift.": ("drift", "report")}  # settings, and the steps done again for them
 

@@ -93,7 +93,7 @@ def answer(policy: Policy, row: Mapping[str, Any]) -> Answer:
         label=policy.label,
         verdict=VERDICTS.get(str(row["status"]), str(row["status"])),
         extracted="nothing" if extracted is None else shorten(str(extracted), MOST_EXTRACTED),
-        length=f"{row['tokens']} tokens, {ending}" if "tokens" in row else ending,
+        length=f"{row['tokens']} tokens, {ending}" if row.get("tokens") is not None else ending,
         text=text[:MOST_CHARACTERS],
         more=max(0, len(text) - MOST_CHARACTERS),
     )

@@ -17,7 +17,7 @@ from gift.generation import GenerationError
 
 CONNECT_S = 10.0
 REPLY_S = 3600.0  # for a long response on a busy server; that the other machine is gone, the kernel's probes tell
-PROBE_S = 60
+PROBES = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}  # seconds of silence, between probes; how many
 
 
 class CutConnectionError(GenerationError):
@@ -89,8 +89,8 @@ class Client:
             connected = connection.sock
             connected.settimeout(REPLY_S)
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            if hasattr(socket, "TCP_KEEPIDLE"):
-                connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBE_S)
+            for option in PROBES.keys() & vars(socket).keys():
+                connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), PROBES[option])
             with (calls or Calls()).using(connected):
                 data = None if body is None else json.dumps(body).encode()
                 connection.request(
@@ -98,8 +98,10 @@ class Client:
                 )
                 response = connection.getresponse()
                 text = response.read()
-        except TimeoutError:
-            raise GenerationError(f"{self.url}: no reply within {REPLY_S:g} s; is the server stuck?") from None
+        except TimeoutError as error:
+            raise GenerationError(
+                f"{self.url}: no reply ({one_line(error)}); is the server stuck, or its machine gone?"
+            ) from None
         except (OSError, http.client.HTTPException) as error:
             raise CutConnectionError(
                 f"{self.url}: the server broke off its reply ({one_line(error)}); see its log, and run again"

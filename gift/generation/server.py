@@ -168,9 +168,9 @@ class ServerEngine(Engine):
         try:
             served = self._client.call("/weight_info").get("weight_version")
         except RefusedRequestError as error:
-            if error.status != HTTPStatus.NOT_FOUND or self.version != START_VERSION:
+            if error.status != HTTPStatus.NOT_FOUND:
                 raise
-            return  # not in development mode: nobody can have changed its weights
+            served = START_VERSION  # not in development mode: nobody can have changed its weights
         if served != self.version:
             since = "it was started" if self.version == START_VERSION else "this run's last update"
             raise StaleWeightsError(
@@ -219,7 +219,7 @@ class ServerEngine(Engine):
         if finish not in ("stop", "length", "repetition"):
             raise GenerationError(f"{self._url}: the server ended a sample because of {finish!r}; run it again")
         logps = self._numbers(choice, ["logprobs", "token_logprobs"]) if params.logps else []
-        if len(logps) not in (0, len(ids)):
+        if params.logps and len(logps) != len(ids):
             raise self._unusable("one log-probability per token")
         reason = choice.get("stop_reason")
         if finish != "stop" or reason not in (*params.stop, *params.stop_ids):

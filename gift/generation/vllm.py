@@ -13,6 +13,7 @@ import contextlib
 import gc
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from gift.models import check_checkpoint, first_line
 from gift.recipe import Generation
 
 SUPPORTED = "0.32"
-AGAIN = "what was sampled is kept; run the same command again to go on"
+AGAIN = "what was recorded is kept; run the same command again to go on"
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 SMALL_CACHE = ("auto-fit max_model_len", "KV cache")
 ENVIRONMENT = {
@@ -53,7 +54,8 @@ class VLLMEngine(Engine):
         module = import_vllm()
         self._vllm, self._settings = module, settings
         self._on_gpu = torch.cuda.is_available()
-        if settings.chunked_prefill and not self._on_gpu:  # what it draws for a piece of a prompt it cannot take back
+        chunked = self._on_gpu if settings.chunked_prefill is None else settings.chunked_prefill
+        if chunked and not self._on_gpu:  # what it draws for a piece of a prompt it cannot take back
             raise UserError("generation.chunked_prefill: vLLM 0.32 cannot do this on a CPU; leave it at null")
         self._eager = not self._on_gpu if settings.eager is None else settings.eager
         self._sleeps = in_training and settings.sleep and self._on_gpu
@@ -75,9 +77,7 @@ class VLLMEngine(Engine):
                     max_num_seqs=settings.max_rows,
                     tensor_parallel_size=settings.tensor_parallel,
                     enable_prefix_caching=settings.prefix_caching,
-                    enable_chunked_prefill=self._on_gpu
-                    if settings.chunked_prefill is None
-                    else settings.chunked_prefill,
+                    enable_chunked_prefill=chunked,
                     enforce_eager=self._eager,
                     enable_sleep_mode=self._sleeps,
                     logprobs_mode="processed_logprobs",
@@ -216,6 +216,8 @@ class VLLMEngine(Engine):
             stack.enter_context(torch.random.fork_rng(devices))
             if self._eager:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", FutureWarning)  # torch's, about names that vLLM uses
             yield
 
     def _explained(self, error: Exception, what: str) -> UserError:

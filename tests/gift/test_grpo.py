@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from dataclasses import replace
@@ -28,7 +29,7 @@ from gift import rollouts
 from gift.cli import UserError
 from gift.data import Example, encode_prompt
 from gift.generation import Sample
-from gift.grpo import Scored
+from gift.grpo import Scored, policy_metrics
 from gift.lora import add_adapters
 from gift.policy_module import PolicyModule
 from gift.recipe import LoRA, Relift
@@ -248,6 +249,21 @@ def test_a_step_learns_from_what_was_kept_and_logs_what_was_drawn(tmp_path: Path
     assert {each["source"] for each in rows} == {"policy"}
     assert 0 <= row["generator_gap"] < 1e-4
     assert row["entropy"] == pytest.approx(torch.tensor(float(len(tokenizer))).log().item(), rel=0.1)  # untrained
+
+
+def test_what_is_logged_of_generator_against_trainer(tokenizer, tmp_path, by_parity):
+    ours = trainer(fresh_policy(tokenizer), tokenizer, tmp_path)
+    scored = moved_apart(scored_batch(ours))
+    ratios = [
+        math.exp(old - drawn)
+        for each in scored
+        for old, drawn in zip(each.old_logp.tolist(), each.rollout.sample.logps, strict=True)
+    ]
+    row = policy_metrics(scored, 1.2)
+    assert row["generator_gap"] == pytest.approx(sum(abs(math.log(ratio)) for ratio in ratios) / len(ratios), rel=1e-5)
+    assert row["generator_ratio"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-5)
+    assert row["capped_share"] == sum(ratio > 1.2 for ratio in ratios) / len(ratios) > 0
+    assert "capped_share" not in policy_metrics(scored, 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,110 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from tiny_models import tiny_model
+from stub_server import MODELS, WINDOW, Stub, completion, line_of, logprobs, one_sample, settings
 
 from gift.cli import UserError
-from gift.generation import (
-    GenerationError,
-    RepetitionGuard,
-    Request,
-    Sample,
-    SamplingParams,
-    StaleWeightsError,
-)
+from gift.generation import GenerationError, RepetitionGuard, Request, SamplingParams
 from gift.generation.server import ServerEngine
-from gift.lora import add_adapters
-from gift.recipe import Generation, LoRA
-
-WINDOW = 64
-MODELS = {"data": [{"id": "policy", "root": "/models/policy", "parent": None, "max_model_len": WINDOW}]}
-
-
-class QuietServer(ThreadingHTTPServer):
-    def handle_error(self, *_: Any) -> None:
-        """Clients that hang up are what is tested here."""
-
-
-class Stub:
-    """An HTTP server whose replies are functions of the request's body; it keeps what it was asked."""
-
-    def __init__(self) -> None:
-        self.replies: dict[str, Callable[[Any], Any]] = {
-            "/v1/models": lambda _: MODELS,
-            "/weight_info": lambda _: (404, {"detail": "Not Found"}),
-            "/v1/completions": lambda body: completion([body["prompt"][-1] + 1]),
-        }
-        self.asked: list[tuple[str, Any]] = []
-        self.most_at_once = 0
-        self._at_once = 0
-        self._lock = threading.Lock()
-        self._server = QuietServer(("127.0.0.1", 0), self._handler())
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def bodies(self, path: str = "/v1/completions") -> list[Any]:
-        return [body for asked, body in self.asked if asked == path]
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        stub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.answer(None)
-
-            def do_POST(self) -> None:
-                self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-            def answer(self, body: Any) -> None:
-                with stub._lock:
-                    stub.asked.append((self.path, body))
-                    stub._at_once += 1
-                    stub.most_at_once = max(stub.most_at_once, stub._at_once)
-                try:
-                    reply = stub.replies[self.path](body)
-                finally:
-                    with stub._lock:
-                        stub._at_once -= 1
-                if reply is None:  # cut the connection, as a killed server does
-                    self.connection.shutdown(socket.SHUT_RDWR)
-                    return
-                status, reply = reply if isinstance(reply, tuple) else (200, reply)
-                text = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        return Handler
-
-
-def completion(ids: Any, finish: Any = "length", reason: Any = None, **more: Any) -> dict[str, Any]:
-    """A reply of /v1/completions, as vLLM 0.32 writes it."""
-    choice = {"index": 0, "text": "", "token_ids": ids, "finish_reason": finish, "stop_reason": reason, **more}
-    return {"object": "text_completion", "choices": [choice]}
-
-
-def logprobs(*values: Any) -> dict[str, Any]:
-    return {"logprobs": {"token_logprobs": list(values)}}
 
 
 @pytest.fixture
@@ -113,15 +20,6 @@ def stub() -> Iterator[Stub]:
     stub = Stub()
     yield stub
     stub.close()
-
-
-def settings(url: str, **more: Any) -> Generation:
-    return Generation(engine="server", url=url, **more)
-
-
-def one_sample(stub: Stub, params: SamplingParams | None = None) -> Sample:
-    engine = ServerEngine(settings(stub.url), None)
-    return engine.generate([Request((5, 6), 3)], params or SamplingParams(8))[0]
 
 
 def test_a_request_carries_every_parameter_and_leaves_nothing_to_the_server(stub):
@@ -225,15 +123,28 @@ def test_no_requests_no_samples(stub):
     assert engine.score([]) == []
 
 
+def test_a_score_is_a_prompts_log_probabilities_and_that_of_its_continuation(stub):
+    def reply(body: Any) -> Any:
+        if "prompt_logprobs" not in body:
+            return completion([3], **logprobs(0.0))
+        steps = [None, *({str(token): {"logprob": -token / 8}} for token in body["prompt"][1:])]
+        last = body["logprob_token_ids"][0]
+        top = {"top_logprobs": [{"token_id:1": -0.5, f"token_id:{last}": -last / 8}], "token_logprobs": [-0.5]}
+        return completion([1], prompt_logprobs=steps, logprobs=top)
+
+    stub.replies["/v1/completions"] = reply
+    engine = ServerEngine(settings(stub.url), None)
+    assert engine.score([(5, 2, 4), (7,), (5, 9)]) == [[-0.25, -0.5], [], [-1.125]]
+    assert len(engine.score([tuple(range(WINDOW))])[0]) == WINDOW - 1  # more than a prompt may have
+    with pytest.raises(UserError, match=f"sequence 0: {WINDOW + 1} tokens"):
+        engine.score([tuple(range(WINDOW + 1))])
+    stub.replies["/v1/completions"] = lambda _: completion([1], **logprobs(0.0))
+    with pytest.raises(GenerationError, match="log-probability per token"):
+        engine.score([(5, 2, 4)])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Failures: one line that names the url; what was yielded before stays
-
-
-def line_of(error: pytest.ExceptionInfo[BaseException], url: str) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    assert url in text
-    return text
 
 
 def test_nothing_listens(stub):
@@ -276,7 +187,7 @@ def test_an_answer_that_is_no_completion(stub, reply, says):
     assert len(stub.bodies()) == 1  # not asked again
 
 
-@pytest.mark.parametrize("values", [(-1.0,), (-1.0, None), (-1.0, float("nan")), (-1.0, "x")])
+@pytest.mark.parametrize("values", [(), (-1.0,), (-1.0, None), (-1.0, float("nan")), (-1.0, "x")])
 def test_logps_that_are_none(stub, values):
     stub.replies["/v1/completions"] = lambda body: (
         completion([1], **logprobs(0.0)) if body["max_tokens"] == 1 else completion([1, 2], **logprobs(*values))
@@ -314,7 +225,7 @@ def test_a_reply_that_takes_too_long(stub, monkeypatch):
     stub.replies["/v1/completions"] = lambda _: time.sleep(1)
     with pytest.raises(GenerationError) as error:
         one_sample(stub)
-    assert "no reply within" in line_of(error, stub.url)
+    assert "no reply (timed out)" in line_of(error, stub.url)
 
 
 @pytest.mark.parametrize("models", [{}, {"data": []}, {"data": [{"id": "gpt", "parent": None}]}, {"data": "x"}])
@@ -340,139 +251,3 @@ def test_a_window_smaller_than_the_models_may_not_cut_a_response(stub, tiny_chec
     engine.generate([Request((1,), 0)], SamplingParams(WINDOW - 1))
     with pytest.raises(UserError, match=f"--max-model-len {WINDOW + 1}"):
         engine.generate([Request((1,), 0)], SamplingParams(WINDOW))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# New weights
-
-
-class WeightServer:
-    """What a development-mode server does with weights: reads them from the path, keeps a version."""
-
-    def __init__(self, stub: Stub) -> None:
-        self.version = "default"
-        self.state: dict[str, torch.Tensor] = {}
-        self.folders: list[Path] = []
-        self.stub = stub
-        stub.replies |= {
-            "/weight_info": lambda _: {"weight_version": self.version},
-            "/collective_rpc": self.load,
-            "/reset_prefix_cache?reset_running_requests=true": lambda _: {"success": True},
-            "/update_weight_version": self.set_version,
-        }
-
-    def load(self, body: Any) -> Any:
-        assert body["method"] == "reload_weights"
-        self.folders.append(Path(body["kwargs"]["weights_path"]))
-        self.state = {}
-        for file in self.folders[-1].glob("*.safetensors"):
-            self.state |= load_file(file)
-        return {"results": [None]}
-
-    def set_version(self, body: Any) -> Any:
-        self.version = body["new_version"]
-        return {"success": True}
-
-
-@pytest.fixture
-def weights(stub) -> WeightServer:
-    return WeightServer(stub)
-
-
-@pytest.fixture
-def engine(stub, weights, tmp_path) -> ServerEngine:
-    return ServerEngine(settings(stub.url, shared_folder=str(tmp_path)), None)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_server_is_given_every_weight_a_tied_head_too(engine, weights, tied):
-    model = tiny_model(40, tie_word_embeddings=tied)
-    engine.update_weights(model)
-    assert weights.state.keys() == model.state_dict().keys()
-    assert "lm_head.weight" in weights.state
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(weights.state[name], tensor)
-    assert engine.generate([Request((3,), 0)], SamplingParams(4))[0].token_ids == [4]
-
-
-def test_adapters_go_merged(engine, weights):
-    model = tiny_model(40)
-    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    add_adapters(model, LoRA(rank=2, targets=("q_proj",)), seed=0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    engine.update_weights(model)
-    assert weights.state.keys() == base.keys()
-    changed = {name for name in base if not torch.equal(base[name], weights.state[name])}
-    assert changed == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)}
-
-
-def test_the_shared_folder_holds_the_last_weights_alone_and_none_in_the_end(engine, weights, tmp_path):
-    (tmp_path / "notes.txt").touch()
-    for seed in range(3):
-        engine.update_weights(tiny_model(40, seed=seed))
-        assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "notes.txt", weights.folders[-1]])
-    assert len(set(weights.folders)) == 3
-    engine.close()
-    engine.close()
-    assert list(tmp_path.iterdir()) == [tmp_path / "notes.txt"]
-
-
-def test_a_restarted_server_has_stale_weights(engine, weights):
-    engine.update_weights(tiny_model(40))
-    weights.version = "default"
-    for ask in (lambda: engine.generate([Request((3,), 0)], SamplingParams(4)), lambda: engine.score([(1, 2)])):
-        with pytest.raises(StaleWeightsError, match="not those of this run's last update"):
-            ask()
-
-
-def test_a_restart_in_the_middle_is_noticed_when_a_request_is_tried_again(engine, weights, stub):
-    engine.update_weights(tiny_model(40))
-
-    def restart(_: Any) -> None:
-        weights.version = "default"
-
-    stub.replies["/v1/completions"] = restart
-    with pytest.raises(StaleWeightsError):
-        engine.generate([Request((3,), 0)], SamplingParams(4))
-    assert len(stub.bodies()) == 1
-
-
-def test_weights_that_another_run_left_are_noticed(stub, weights):
-    weights.version = "of another run"
-    with pytest.raises(StaleWeightsError, match="it was started"):
-        one_sample(stub)
-
-
-@pytest.mark.parametrize(
-    ("path", "reply", "says"),
-    [
-        ("/collective_rpc", (500, {"error": {"message": "Worker failed"}}), "Worker failed"),
-        ("/collective_rpc", {"results": []}, "did not succeed"),
-        ("/collective_rpc", {"results": ["no"]}, "did not succeed"),
-        ("/reset_prefix_cache?reset_running_requests=true", {"success": False}, "reset_prefix_cache did not succeed"),
-        ("/update_weight_version", {}, "did not succeed"),
-    ],
-)
-def test_weights_that_did_not_arrive_are_an_error_and_stale(engine, weights, stub, tmp_path, path, reply, says):
-    stub.replies[path] = lambda _: reply
-    with pytest.raises(GenerationError, match=says) as error:
-        engine.update_weights(tiny_model(40))
-    line_of(error, stub.url)
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(StaleWeightsError):
-        engine.generate([Request((3,), 0)], SamplingParams(4))
-
-
-def test_a_server_without_development_mode(engine, weights, stub):
-    stub.replies["/collective_rpc"] = lambda _: (404, {"detail": "Not Found"})
-    with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1"):
-        engine.update_weights(tiny_model(40))
-
-
-@pytest.mark.parametrize("folder", [None, "/no/such/folder"])
-def test_a_shared_folder_that_is_none(stub, folder):
-    engine = ServerEngine(settings(stub.url, shared_folder=folder), None)
-    with pytest.raises(UserError, match=r"generation\.shared_folder"):
-        engine.update_weights(tiny_model(40))
