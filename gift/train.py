@@ -22,6 +22,7 @@ import torch
 from evals.suites import SUITES, find
 from gift.cli import UserError, positive, run_command, say
 from gift.distributed import barrier, init_distributed, quiet_libraries, rank, world_size
+from gift.generation.build import check_installed
 from gift.job import Job
 from gift.models import check_checkpoint, is_local
 from gift.plan import plan
@@ -106,6 +107,17 @@ def check_paths(recipe: Recipe) -> None:
         check_checkpoint(Path(recipe.base.model).expanduser())
 
 
+def check_engines(recipe: Recipe, ranks: int) -> None:
+    """Raises UserError where rollouts or evaluation could not be sampled here: now, and not after stage 1."""
+    check_installed(recipe.generation)
+    learns = any(recipe.rl_of(name) is not None for name in recipe.methods)
+    if learns and ranks % recipe.generation.tensor_parallel:
+        raise UserError(
+            f"generation.tensor_parallel is {recipe.generation.tensor_parallel}: {ranks} ranks cannot be divided into"
+            " groups of that size"
+        )
+
+
 def warn_of_missing_tasks(recipe: Recipe) -> None:
     """Says now, and not after training, which benchmarks cannot be had."""
     settings = recipe.eval
@@ -171,6 +183,7 @@ def main(argv: list[str]) -> int:
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
     init_distributed()
+    check_engines(recipe, world_size())
     check_ranks(recipe, world_size())
     started = time.perf_counter()
     with opened(recipe, arguments.runs, arguments.overrides) as run:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
+from gift.cli import UserError
+from gift.distributed import world_size
 from gift.generation import Engine
 from gift.recipe import Generation
+
+
+def check_installed(settings: Generation) -> None:
+    """Raises UserError where the engine of `settings` needs vLLM in this environment and there is none."""
+    if settings.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "generation.engine vllm: the module vllm is not installed here; install it (docs/generation.md), or take"
+            " generation.engine=hf"
+        )
 
 
 def build_engine(settings: Generation, checkpoint: Path, *, dtype: str = "auto") -> Engine:
@@ -13,7 +25,9 @@ def build_engine(settings: Generation, checkpoint: Path, *, dtype: str = "auto")
 
     Raises UserError for an unusable checkpoint, or where what the engine needs is not installed.
     """
-    if settings.data_parallel > 1:
+    check_installed(settings)
+    # vLLM in this process would take the ranks of a training run for its own.
+    if settings.data_parallel > 1 or (settings.engine == "vllm" and world_size() > 1):
         from gift.generation.workers import WorkerEngine
 
         return WorkerEngine(settings, checkpoint, dtype=dtype)

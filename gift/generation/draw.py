@@ -16,11 +16,11 @@ def draw(logits: Tensor, uniform: Tensor, params: SamplingParams) -> tuple[Tenso
     result only where a draw falls on the border of two tokens. Sums run in float64, so that a large vocabulary loses
     none of its tail. The token is V, which no vocabulary has, where the logits are not finite.
     """
-    top, best = logits.max(-1)
     if params.temperature == 0:
+        top, best = logits.max(-1)
         tokens = best.where(top.isfinite(), logits.shape[-1])
         return tokens, top.double() - logits.double().logsumexp(-1) if params.logps else None
-    shifted = (logits - top[:, None]).div_(params.temperature)
+    shifted = (logits - logits.amax(-1, keepdim=True)).div_(params.temperature)
     weights = truncate(shifted.exp(), params)
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1]

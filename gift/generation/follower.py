@@ -8,8 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from gift.cli import UserError
-from gift.distributed import barrier, gathered_from_ranks, rank, world_size
+from gift.distributed import barrier, gathered_from_ranks, rank
 from gift.engine import TrainingEngine
 from gift.generation import Engine, Request, Sample, SamplingParams
 from gift.generation.hf import HFEngine
@@ -35,11 +34,6 @@ class Follower:
         self.sync_seconds = 0.0
         """What synchronizations have taken since this was last set to 0."""
         self._version: int | None = None
-        if world_size() % settings.tensor_parallel:
-            raise UserError(
-                f"generation.tensor_parallel is {settings.tensor_parallel}: {world_size()} ranks cannot be divided into"
-                " groups of that size"
-            )
 
     @property
     def in_place(self) -> bool:

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gift.models import backbone
 
-GROWTH = 64  # fewest columns by which the store grows
+GROWTH = 128  # fewest columns by which the store grows
 ALIGNED = 8  # columns attended to are a multiple of this: GPU kernels want aligned masks
 GROUPED = "gift_grouped"
 

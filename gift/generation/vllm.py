@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.util
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -261,12 +260,7 @@ def cleaned_after_failure(kept: bool) -> Iterator[None]:
 
 
 def import_vllm() -> Any:
-    """The module vllm, made ready to run inside this process. Raises UserError where it is not there, or too old."""
-    if importlib.util.find_spec("vllm") is None:
-        raise UserError(
-            "generation engine vllm: the module vllm is not installed; see docs/generation.md, or take"
-            " generation.engine=hf"
-        )
+    """The module vllm, made ready to run inside this process. Raises UserError for a version that is not known."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import vllm
