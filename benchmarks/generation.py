@@ -34,7 +34,7 @@ from gift.cli import positive, progress
 from gift.data import Example, encode_prompt
 from gift.generation import Engine, Request, SamplingParams, sample_seed
 from gift.generation.build import build_engine
-from gift.models import end_ids, load_model, load_tokenizer
+from gift.models import end_ids, load_model, load_tokenizer, quiet_transformers
 from gift.provenance import hardware
 from gift.recipe import Generation, load_recipe
 
@@ -225,6 +225,7 @@ def main() -> None:
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default: 1, as recipe nano)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    quiet_transformers()
     make, ask = MODELS[arguments.model]
 
     with tempfile.TemporaryDirectory() as folder:

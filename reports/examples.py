@@ -14,6 +14,7 @@ from reports.tables import Missing
 EXAMPLES = 4
 MOST_CHARACTERS = 600
 MOST_EXTRACTED = 60
+ENDINGS = {"length": "cut at the limit", "repetition": "cut in a loop"}
 VERDICTS = {
     "correct": "✓ correct",
     "wrong": "✗ wrong",
@@ -87,7 +88,7 @@ def answer(policy: Policy, row: Mapping[str, Any]) -> Answer:
     """A sample for display."""
     text = str(row["completion"])
     extracted = row.get("extracted")
-    ending = "cut at the limit" if row.get("finish_reason") == "length" else "ended by itself"
+    ending = ENDINGS.get(str(row.get("finish_reason")), "ended by itself")
     return Answer(
         policy=policy.id,
         label=policy.label,

@@ -90,10 +90,10 @@ def protocol_text(suite: Suite) -> str:
     """How a suite was evaluated, in a line."""
     items = sum(task.items for task in suite.tasks)
     protocol = suite.protocol
-    return (
-        f"{suite.name}: {len(suite.tasks)} tasks, {items:,} items × {suite.samples} samples, "
-        f"temperature {protocol.get('temperature')}, at most {protocol.get('max_tokens')} tokens"
-    )
+    how = f"temperature {protocol.get('temperature')}, at most {protocol.get('max_tokens')} tokens"
+    if protocol.get("engine") == "replay":
+        how = "generated elsewhere"
+    return f"{suite.name}: {len(suite.tasks)} tasks, {items:,} items × {suite.samples} samples, {how}"
 
 
 def wall_time(steps: Mapping[str, Mapping[str, Any]]) -> str:

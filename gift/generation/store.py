@@ -35,9 +35,9 @@ class RowStore(Cache):
         self.rows, self.columns, self.span = 0, 0, 0
 
     def reserve(self, rows: int, columns: int, widest: int, used: int) -> None:
-        """Room for as many rows and columns. The first `used` rows stay; no row will need more than `widest` columns.
+        """Makes room for so many rows and columns; the first `used` rows keep what they hold.
 
-        Never holds more than rows * widest of what was asked for last or before.
+        No row will need more than `widest` columns: a new store has no more than rows * widest places.
         """
         if rows <= self.rows and columns <= self.columns:
             return

@@ -36,6 +36,7 @@ from gift.recipe import Generation
 POLL_SECONDS = 1.0  # how often a worker's process is looked at where its socket is silent
 HEAR_SECONDS = 0.2  # how long a worker that is about to be killed may still say that its work is done
 CLOSE_SECONDS = 10.0  # what an idle worker may take to close its engine
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a training run's rank has
 SERVE = "from gift.generation.workers import serve; serve()"
 
 
@@ -155,10 +156,11 @@ class Worker:
     def __init__(self, name: str, place: dict[str, str], job: Any) -> None:
         self.name = name
         self.connection, theirs = Pipe()
+        own = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
         # In a process group of its own, Ctrl-C at the terminal does not reach it and its children end with it.
         self.process = subprocess.Popen(
             [sys.executable, "-c", SERVE, str(theirs.fileno())],
-            env={**os.environ, **place, "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={**own, **place, "PYTHONPATH": os.pathsep.join(sys.path)},
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
             process_group=0,
