@@ -250,7 +250,7 @@ def main() -> None:
         speeds = [tokens / seconds for tokens, seconds in zip(passes.tokens, passes.seconds, strict=True)]
         extremes = f"{min(speeds):9.0f}{max(speeds):9.0f}{statistics.median(passes.tokens):9.0f}"
         print(f"{asked:32}{name:10}{passes.speed:10.0f}{extremes}{passes.speed / found[asked, base].speed:13.2f}")
-    print(f"\nstart-up: {', '.join(f'{name} {seconds:.1f} s' for name, seconds in startup.items())}")
+    print(f"\nstart-up: {', '.join(f'{name} {seconds:.2f} s' for name, seconds in startup.items())}")
 
 
 if __name__ == "__main__":

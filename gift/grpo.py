@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from gift.records import JsonlLog
 from gift.relift import FailedPrompts, supervised_step
 from gift.rollouts import Rollout, Sampler, rollout_metrics, rollout_rows
 
+IMPORTANCE_CAPS = {"float32": 0.0, "bfloat16": 2.0}
 Forward = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -91,6 +93,8 @@ class GRPOTrainer:
     ) -> None:
         self.policy = policy
         self.tokenizer = tokenizer
+        if settings.importance_cap is None:
+            settings = replace(settings, importance_cap=IMPORTANCE_CAPS[engine_settings.dtype])
         self.settings = settings
         self.seed = seed
         self.resume_dir = resume_dir
@@ -295,7 +299,7 @@ def token_inputs(scored: Sequence[Scored], sequences: float, tokens: float, sett
     return inputs
 
 
-def policy_metrics(scored: Sequence[Scored], importance_cap: float) -> dict[str, float]:
+def policy_metrics(scored: Sequence[Scored], importance_cap: float | None) -> dict[str, float]:
     """Means over the tokens drawn from the policy and learnt from.
 
     `entropy`: the old policy's, in nats. Where the generator gives log-probabilities, `generator_gap`: how far they are
@@ -312,7 +316,7 @@ def policy_metrics(scored: Sequence[Scored], importance_cap: float) -> dict[str,
             float(len(gaps)),
             float(gaps.abs().sum()),
             float(gaps.exp().sum()),
-            float((gaps.exp() > importance_cap).sum()),
+            float((gaps.exp() > (importance_cap or math.inf)).sum()),
         ]
     )
     row = {"entropy": entropy / tokens}

@@ -8,6 +8,7 @@ from pathlib import Path
 from gift.cli import UserError
 from gift.distributed import world_size
 from gift.generation import Engine
+from gift.models import device, load_model, load_tokenizer
 from gift.recipe import Generation
 
 
@@ -23,6 +24,7 @@ def check_installed(settings: Generation) -> None:
 def build_engine(settings: Generation, checkpoint: Path, *, dtype: str = "auto") -> Engine:
     """The engine of `settings` over a checkpoint folder, for evaluation: on the accelerators if there are any.
 
+    A server must serve this very checkpoint, or is given its weights where there is a `shared_folder`.
     Raises UserError for an unusable checkpoint, or where what the engine needs is not installed.
     """
     check_installed(settings)
@@ -34,13 +36,16 @@ def build_engine(settings: Generation, checkpoint: Path, *, dtype: str = "auto")
     if settings.engine == "server":
         from gift.generation.server import ServerEngine
 
-        return ServerEngine(settings, checkpoint)
+        if settings.shared_folder is None:
+            return ServerEngine(settings, checkpoint)
+        server = ServerEngine(settings)
+        server.update_weights(load_model(checkpoint, dtype=dtype))
+        return server
     if settings.engine == "vllm":
         from gift.generation.vllm import VLLMEngine
 
         return VLLMEngine(checkpoint, settings, dtype=dtype)
     from gift.generation.hf import HFEngine
-    from gift.models import device, load_model, load_tokenizer
 
     model = load_model(checkpoint, dtype=dtype).to(device())
     return HFEngine(model, load_tokenizer(checkpoint), cache_gb=settings.cache_gb, max_rows=settings.max_rows)

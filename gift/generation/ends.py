@@ -63,4 +63,4 @@ class Repetitions:
         run *= recent == new
         recent[:, 1:] = recent[:, :-1].copy()
         recent[:, :1] = new
-        return [bool(fires) for fires in (run >= self.needed).any(1)]
+        return list(map(bool, np.any(run >= self.needed, axis=1)))

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from gift.distributed import barrier, gathered_from_ranks, rank
+from gift.distributed import gathered_from_ranks, rank
 from gift.engine import TrainingEngine
 from gift.generation import Engine, Request, Sample, SamplingParams
 from gift.generation.hf import HFEngine
 from gift.generation.probe import TOLERANCE, Probe, model_logps
+from gift.generation.server import ServerEngine
 from gift.recipe import Generation
 
 
@@ -77,10 +78,10 @@ class Follower:
         model = self.training.model
         with self.training.gathered():
             expected = model_logps(model, self.probe.sequences)
-            if self.settings.engine != "server" or rank() == 0:
+            if not isinstance(self.engine, ServerEngine) or rank() == 0:
                 self.engine.update_weights(model)
-        if self.settings.engine == "server":
-            barrier()
+        if isinstance(self.engine, ServerEngine):
+            self.engine.version = gathered_from_ranks(self.engine.version)[0]
         self.probe_gap = self.probe.check(self.engine.score(self.probe.sequences), expected)
         self._version = self.training.version
         self.sync_seconds += time.perf_counter() - started
@@ -105,9 +106,7 @@ def follow(
     """
     engine: Engine
     if settings.engine == "server":
-        from gift.generation.server import ServerEngine
-
-        engine = ServerEngine(settings, checkpoint)
+        engine = ServerEngine(settings)  # whatever it serves now: it is given the policy's weights first
     elif settings.engine == "vllm":
         from gift.generation.vllm import VLLMEngine
 

@@ -104,7 +104,7 @@ def grouped_attention(
     The heads that share a key/value head go in as its query positions, so that no key or value is repeated, which
     transformers' sdpa does wherever there is a mask. Returns [rows, 1, heads, width].
     """
-    rows, heads, _, width = query.shape
+    rows, heads, width = len(query), query.shape[1], query.shape[3]
     grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
     mixed = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
     return mixed.reshape(rows, 1, heads, value.shape[-1]), None

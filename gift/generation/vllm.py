@@ -195,6 +195,7 @@ class VLLMEngine(Engine):
             logprobs=0 if params.logps else None,
             flat_logprobs=params.logps,
             detokenize=bool(params.stop),
+            skip_special_tokens=False,  # stop strings may hold some
             output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         )
 
@@ -202,9 +203,8 @@ class VLLMEngine(Engine):
         if output.finish_reason not in ("stop", "length", "repetition"):
             raise GenerationError(f"vLLM ended a sample for the reason {output.finish_reason!r}; {AGAIN}")
         logps = list(output.logprobs.logprobs) if params.logps else []
-        reason = output.stop_reason
-        if isinstance(reason, int) and reason not in params.stop_ids:
-            reason = None  # one of the model's own end tokens
+        given = {*params.stop, *params.stop_ids}  # and not one of the model's own end tokens, or vLLM's comment
+        reason = output.stop_reason if output.stop_reason in given else None
         return Sample(list(output.token_ids), output.finish_reason, logps, reason)
 
     @contextlib.contextmanager

@@ -103,7 +103,8 @@ def check_numbers(settings: Any, key_of: KeyOf, part: str = "") -> None:
         require(value is None or 0 < value < math.inf, f"{key_of(dotted(part, name))} must be positive, got {value}")
     for name in NOT_NEGATIVE.get(type(settings), ()):
         value = getattr(settings, name)
-        require(0 <= value < math.inf, f"{key_of(dotted(part, name))} must not be negative, got {value}")
+        inside = value is None or 0 <= value < math.inf
+        require(inside, f"{key_of(dotted(part, name))} must not be negative, got {value}")
     if isinstance(settings, Optimizer):
         require(all(0 <= beta < 1 for beta in settings.betas), f"{key_of(dotted(part, 'betas'))} must lie in [0, 1)")
     for entry in dataclasses.fields(settings):
@@ -166,7 +167,7 @@ def check_rl(rl: RL, key_of: KeyOf) -> None:
     require(divides, f"{key_of('batch_size')} must be a multiple of {key_of('updates_per_batch')}")
     require(rl.clip_low <= 1, f"{key_of('clip_low')} must lie in [0, 1]")
     require(rl.dual_clip == 0 or rl.dual_clip > 1, f"{key_of('dual_clip')} must be above 1, or 0 to turn it off")
-    capped = rl.importance_cap == 0 or rl.importance_cap >= 1
+    capped = not rl.importance_cap or rl.importance_cap >= 1
     require(capped, f"{key_of('importance_cap')} must be at least 1, or 0 to turn it off")
     require(
         rl.luffy.demonstrations < rl.group_size,

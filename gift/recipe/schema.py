@@ -73,7 +73,7 @@ class Generation:
     url: str | None = None
     """server: where it listens, such as http://10.0.0.2:8000."""
     shared_folder: str | None = None
-    """server: a folder that it and RL both see; new weights are handed over there."""
+    """server: a folder that it and this job both see; weights are handed over there. RL needs one."""
     probe_tolerance: float | None = None
     """Largest mean difference, in nats, between the engine's and the trainer's log-probabilities of the probe, above
     which the engine's weights count as wrong. null: 1e-3 in float32, 0.1 in bfloat16."""
@@ -239,8 +239,9 @@ class RL:
     """DAPO: how many more rollout batches may be drawn to replace groups whose samples earned all the same; 0: none."""
     mask_truncated: bool = False
     """Leaves responses that hit max_tokens out of the loss."""
-    importance_cap: float = 0.0
-    """Truncated importance sampling: cap on the ratio of trainer to generator probability; 0 does not correct it."""
+    importance_cap: float | None = None
+    """Truncated importance sampling: cap on the ratio of trainer to generator probability; 0 does not correct it. null:
+    2 in bfloat16, where single tokens differ by a factor; 0 in float32, where none does (docs/generation.md)."""
     luffy: Luffy = field(default_factory=Luffy)
     relift: Relift = field(default_factory=Relift)
     epochs: int = 1

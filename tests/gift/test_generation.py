@@ -103,7 +103,7 @@ def test_a_text_ends_before_what_ended_it(tiny_checkpoint):
 
 
 def test_an_engine_computes_on_the_accelerator(tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr("gift.models.device", lambda: torch.device("meta"))  # stands in for a GPU
+    monkeypatch.setattr("gift.generation.build.device", lambda: torch.device("meta"))  # stands in for a GPU
     assert build_engine(Generation(), tiny_checkpoint).model.device.type == "meta"
 
 

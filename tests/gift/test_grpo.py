@@ -251,6 +251,13 @@ def test_a_step_learns_from_what_was_kept_and_logs_what_was_drawn(tmp_path: Path
     assert row["entropy"] == pytest.approx(torch.tensor(float(len(tokenizer))).log().item(), rel=0.1)  # untrained
 
 
+@pytest.mark.parametrize(("dtype", "asked", "cap"), [("float32", None, 0), ("bfloat16", None, 2), ("bfloat16", 0.0, 0)])
+def test_importance_is_truncated_where_numbers_are_rough(tokenizer, tmp_path, dtype, asked, cap):
+    model = fresh_policy(tokenizer).to(getattr(torch, dtype))
+    ours = trainer(model, tokenizer, tmp_path, replace(SETTINGS, importance_cap=asked), dtype=dtype)
+    assert ours.settings.importance_cap == cap
+
+
 def test_what_is_logged_of_generator_against_trainer(tokenizer, tmp_path, by_parity):
     ours = trainer(fresh_policy(tokenizer), tokenizer, tmp_path)
     scored = moved_apart(scored_batch(ours))
