@@ -80,9 +80,9 @@ def workload(name: str, prompts: Sequence[tuple[int, ...]], samples: int, params
 # Models and what is asked of them
 
 
-def nano_base() -> Path:
-    """The base of recipe nano; made, in minutes, unless an earlier run left it in the cache."""
-    recipe = load_recipe("nano")
+def base_of(name: str) -> Path:
+    """The base of a recipe of the nano family; made, in minutes, unless an earlier run left it in the cache."""
+    recipe = load_recipe(name)
     return nano.prepare_base(recipe.base.pretrain, recipe.engine)
 
 
@@ -125,7 +125,8 @@ def random_workloads(checkpoint: Path) -> list[Workload]:
 
 
 MODELS = {
-    "nano": (lambda folder: nano_base(), nano_workloads),
+    "nano": (lambda folder: base_of("nano"), nano_workloads),
+    "nano-vllm": (lambda folder: base_of("nano-vllm"), nano_workloads),  # vLLM has no CPU kernel for nano's heads
     "100m": (random_model, random_workloads),
 }
 
@@ -219,7 +220,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", choices=MODELS, default="nano", help="nano's base, or 100M random parameters")
+    parser.add_argument("--model", choices=MODELS, default="nano", help="the base of that recipe, or 100M random parameters")
     parser.add_argument("--engines", type=available, default="generate,hf,vllm", help="default: all that are installed")
     parser.add_argument("--repeat", type=positive, default=5, help="timed passes of each engine (default: 5)")
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default: 1, as recipe nano)")

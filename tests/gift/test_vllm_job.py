@@ -18,8 +18,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS, BATCH, GROUP = 6, 16, 8
 OVERRIDES = [
-    *("base.pretrain.documents=16000", "base.pretrain.hidden=64", "base.pretrain.layers=3", "base.pretrain.heads=2"),
-    *("methods.gift=null", "data.validation=40", "init.epochs=2", f"data.rl={STEPS * BATCH}"),
+    *("base.pretrain.documents=24000", "base.pretrain.hidden=64", "base.pretrain.layers=4", "base.pretrain.heads=2"),
+    *("methods.gift=null", "data.sft=1024", "data.validation=40", f"data.rl={STEPS * BATCH}"),
     *(f"rl.batch_size={BATCH}", f"rl.group_size={GROUP}", "rl.validate_every=0", "eval.limit=60"),
     *("generation.cache_gb=0.5", "drift.sequences=20"),
 ]
