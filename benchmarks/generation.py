@@ -145,14 +145,15 @@ def generated_tokens(model: PreTrainedModel, asked: Workload) -> int:
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    ends = [] if params.ignore_end else end_ids(model)
+    ends = end_ids(model)
     config = GenerationConfig(
         do_sample=True,
         temperature=params.temperature,
         top_k=0,
         max_new_tokens=params.max_tokens,
+        min_new_tokens=params.max_tokens if params.ignore_end else None,  # an empty list of ends would not do
         num_return_sequences=len(asked.requests) // len(prompts),
-        eos_token_id=ends or None,
+        eos_token_id=ends,
         pad_token_id=0,
     )
     torch.manual_seed(0)

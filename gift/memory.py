@@ -28,6 +28,7 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import AutoModelForCausalLM
 
+from gift.generation.loop import LOGITS
 from gift.recipe import Engine, Generation, LoRA
 from gift.vocab.head import BLOCK_BYTES as PRODUCT_BYTES
 from gift.vocab.loss import CHUNK_BYTES, MOST_TOKENS
@@ -322,7 +323,7 @@ def rollout_parts(
     return [
         whole,
         Part("keys and values", rows * row, ("rollout",)),
-        Part("logits of sampling", SAMPLED_BYTES * shape.vocab * rows, ("rollout",)),
+        Part("logits of sampling", SAMPLED_BYTES * min(shape.vocab * rows, LOGITS), ("rollout",)),
     ]
 
 
