@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from tiny_models import tiny_model
@@ -244,6 +245,22 @@ def test_heads_that_vllm_has_no_kernel_for(tmp_path, tokenizer):
 def test_a_cache_without_room_for_a_sample(tmp_path, checkpoint):
     with pytest.raises(GenerationError, match=r"not enough .* memory.*; raise generation.cache_gb \(now 1e-06\)"):
         VLLMEngine(checkpoint, Generation(engine="vllm", cache_gb=1e-6), dtype="float32")
+
+
+@pytest.mark.slow
+def test_a_model_split_between_processes_and_one_that_dies(checkpoint, model, tokenizer):
+    asked = prompts(tokenizer)
+    engine = VLLMEngine(checkpoint, replace(SETTINGS, tensor_parallel=2), dtype="float32")
+    try:
+        assert_greedy_agrees(engine, model, asked)
+        stream = engine.stream([Request(prompt, 0) for prompt in asked], SamplingParams(100, 0.0, ignore_end=True))
+        workers = [child for child in psutil.Process().children(recursive=True) if "Worker" in child.name()]
+        assert len(workers) == 2
+        workers[1].kill()
+        with pytest.raises(GenerationError, match="vLLM stopped in the middle of its work"):
+            list(stream)
+    finally:
+        engine.close()
 
 
 def test_prompts_beyond_a_step_and_a_cache_beyond_its_room_change_no_sample(tmp_path, tokenizer):
