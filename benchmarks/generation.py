@@ -221,7 +221,9 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", choices=MODELS, default="nano", help="the base of that recipe, or 100M random parameters")
+    parser.add_argument(
+        "--model", choices=MODELS, default="nano", help="the base of that recipe, or 100M random parameters"
+    )
     parser.add_argument("--engines", type=available, default="generate,hf,vllm", help="default: all that are installed")
     parser.add_argument("--repeat", type=positive, default=5, help="timed passes of each engine (default: 5)")
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default: 1, as recipe nano)")

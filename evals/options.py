@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,13 +118,12 @@ def generation_of(args: argparse.Namespace) -> Generation:
     if changes.get("engine", generation.engine) != generation.engine:
         generation = HF
     generation = replace(generation, **changes)
-    try:
-        check_numbers(generation, "generation.{}".format)
-        check_generation(generation)
-    except UserError as error:
-        raise UserError(re.sub(r"generation\.(\w+)", lambda match: option(match[1]), str(error))) from None
+    check_numbers(generation, "generation.{}".format)
+    check_generation(generation)
     if generation.engine != "hf" and args.batch_size is not None:
         raise UserError(f"--batch-size is for hf: {generation.engine} fills its batches by itself (--max-rows)")
+    if generation.data_parallel > 1 and args.batch_size is not None:
+        raise UserError("--batch-size is for hf in one process: several fill their batches by themselves (--max-rows)")
     if generation.engine == "server" and args.dtype is not None:
         raise UserError("--dtype is decided where the server is started")
     return generation
@@ -132,6 +132,17 @@ def generation_of(args: argparse.Namespace) -> Generation:
 def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     """Those of these options that the command line has."""
     return {name: value for name in names if (value := getattr(args, name)) not in (None, [])}
+
+
+@contextmanager
+def named_as_options() -> Iterator[None]:
+    """Inside, a UserError calls a setting of the engine what it is called on the command line."""
+    try:
+        yield
+    except UserError as error:
+        settings = rf"\bgeneration\.({'|'.join(ENGINE)})\b"
+        error.args = (re.sub(settings, lambda match: option(match[1]), str(error)),)
+        raise
 
 
 def option(name: str) -> str:

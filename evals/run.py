@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from evals.options import check, generation_of, given, parse, plans_of
+from evals.options import check, generation_of, given, named_as_options, parse, plans_of
 from evals.results import Evaluation, log_path, print_results, summarize, write_items
 from evals.sampling import Batch, Sampler, Throughput, check_stored, pending_batches
 from evals.suites import PROTOCOLS, SUITES, UNRECORDED, Protocol, Suite
@@ -318,6 +318,7 @@ def print_suites() -> None:
         print(f"protocol {protocol.name}: {counts}, {protocol.described()}")
 
 
+@named_as_options()
 def main(argv: list[str]) -> int:
     """The command. Returns 0 if every task asked for was evaluated, 1 if the data of one could not be had."""
     args = parse(argv)

@@ -123,7 +123,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{number}: malformed row: {error}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number}: malformed row: expected a JSON object, got {type(row).__name__}")

@@ -218,11 +218,13 @@ class Plan:
             found = memory_of(self.recipe, stage, self.shape, ranks=self.ranks, on_gpu=self.on_gpu)
             alike.setdefault((stage.stage, tuple(found.parts)), []).append(stage)
         yield f"predicted for {self.shape.parameters:,} parameters and the longest sequences there may be"
-        for (_, parts), same in alike.items():
+        for (kind, parts), same in alike.items():
             prediction = Prediction(parts, self.on_gpu)
             where = f"GPU {readable(prediction.peak)}, host {readable(prediction.host)}"
             peak = where if self.on_gpu else readable(prediction.peak)
-            yield f"{', '.join(stage.policy for stage in same)}: at most {peak}"
+            with_vllm = kind == "rl" and self.recipe.generation.engine == "vllm"
+            more = ", not counting what vLLM needs beside its weights and cache" * with_vllm
+            yield f"{', '.join(stage.policy for stage in same)}: at most {peak}{more}"
             rows = [
                 (f"  {part.name}", readable(part.size), ", ".join(part.phases) or "always", "host" * part.on_host)
                 for part in parts

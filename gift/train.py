@@ -110,6 +110,12 @@ def check_paths(recipe: Recipe) -> None:
 def check_engines(recipe: Recipe, ranks: int) -> None:
     """Raises UserError where rollouts or evaluation could not be sampled here: now, and not after stage 1."""
     check_installed(recipe.generation)
+    is_server, folder = recipe.generation.engine == "server", recipe.generation.shared_folder
+    if is_server and (folder is None or not Path(folder).is_dir()):
+        raise UserError(
+            f"generation.shared_folder is {folder}: give a folder that this job and the server both see; every policy's"
+            " weights are handed over there"
+        )
     learns = any(recipe.rl_of(name) is not None for name in recipe.methods)
     if learns and ranks % recipe.generation.tensor_parallel:
         raise UserError(

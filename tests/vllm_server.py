@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 from tiny_models import tiny_model
+from transformers import PreTrainedTokenizerBase
 
 from gift.models import load_tokenizer
 
@@ -68,11 +69,18 @@ class Server:
             os.killpg(self.pid, signal.SIGKILL)
 
 
-def servable_checkpoint(folder: Path, tokenizer_of: Path, *, seed: int = 0, tied: bool = True, **settings: Any) -> Path:
-    """Writes a tiny random model that vLLM can serve, with the tokenizer of another checkpoint, to `folder`."""
-    tokenizer = load_tokenizer(tokenizer_of)
+def servable_checkpoint(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int = 0,
+    kind: str = "qwen2",
+    tied: bool = True,
+    **settings: Any,
+) -> Path:
+    """Writes a tiny random model that vLLM can serve to `folder`; `settings` replace SHAPE's or add to it."""
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model = tiny_model(len(tokenizer), seed=seed, tie_word_embeddings=tied, **{**SHAPE, **ends, **settings})
+    model = tiny_model(len(tokenizer), kind, seed, tie_word_embeddings=tied, **{**SHAPE, **ends, **settings})
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -145,6 +153,6 @@ def shared_vllm_server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathF
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("needs the module vllm")
     folder = tmp_path_factory.mktemp("vllm-server")
-    checkpoint = servable_checkpoint(folder / "tied", tiny_checkpoint)
+    checkpoint = servable_checkpoint(folder / "tied", load_tokenizer(tiny_checkpoint))
     with vllm_server(checkpoint, log=folder / "server.log") as server:
         yield server

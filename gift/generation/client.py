@@ -110,7 +110,7 @@ class Client:
             connection.close()
         try:
             reply = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):  # nested a thousand times, it is no reply either
             reply = None
         if response.status >= HTTPStatus.BAD_REQUEST:
             said = reply.get("error", reply) if isinstance(reply, dict) else text.decode(errors="replace")

@@ -114,4 +114,5 @@ def follow(
     else:
         engine = HFEngine(training.model, tokenizer, cache_gb=settings.cache_gb, max_rows=settings.max_rows)
     tolerance = settings.probe_tolerance or TOLERANCE[training.settings.dtype]
-    return Follower(training, engine, settings, Probe(sequences, tolerance))
+    room = engine.max_model_len - 1  # vLLM also wants to sample a token
+    return Follower(training, engine, settings, Probe([sequence[:room] for sequence in sequences], tolerance))

@@ -144,6 +144,13 @@ def check_attention(model: PreTrainedModel) -> None:
         raise UserError(
             f"{config.model_type}: the hf engine handles full attention only, not sliding windows or states"
         )
+    rope = getattr(config, "rope_parameters", None) or {}
+    short = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    if rope.get("rope_type") == "longrope" and short < config.max_position_embeddings:
+        raise UserError(
+            f"{config.model_type}: the hf engine cannot serve LongRoPE, whose rotations change for a whole batch"
+            f" once one of its sequences has more than {short} tokens"
+        )
     if config._attn_implementation != "sdpa":
         raise UserError(
             f"the hf engine needs attention 'sdpa', this model is loaded with {config._attn_implementation!r}"

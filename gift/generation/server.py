@@ -11,8 +11,8 @@ server also needs --no-enable-chunked-prefill: a seed and a prompt computed in p
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -35,6 +35,7 @@ from gift.states import disk_errors
 
 TRIES = 3
 PAUSE_S = 0.5  # before the second try; twice that before the third
+LARGEST = sys.float_info.max
 START_VERSION = "default"  # vLLM's, of the weights it was started with
 NEUTRAL = {  # what vLLM would otherwise take from the model's generation_config.json
     "repetition_penalty": 1.0,
@@ -172,7 +173,7 @@ class ServerEngine(Engine):
                 raise
             served = START_VERSION  # not in development mode: nobody can have changed its weights
         if served != self.version:
-            since = "it was started" if self.version == START_VERSION else "this run's last update"
+            since = "its start" if self.version == START_VERSION else "this run's last update"
             raise StaleWeightsError(
                 f"{self._url}: the server's weights are not those of {since}; restart it, and run again"
             )
@@ -213,7 +214,7 @@ class ServerEngine(Engine):
             body["logprobs"] = 0
         choice = self._complete(body, calls)
         ids = choice.get("token_ids")
-        if not isinstance(ids, list) or not 0 < len(ids) <= limit or not all(type(token) is int for token in ids):
+        if not isinstance(ids, list) or not 0 < len(ids) <= limit or not all(is_token(token) for token in ids):
             raise self._unusable("the token ids of a completion")
         finish = choice.get("finish_reason")
         if finish not in ("stop", "length", "repetition"):
@@ -302,12 +303,17 @@ class ServerEngine(Engine):
         found: Any = choice
         for name in path:
             found = found.get(name) if isinstance(found, dict) else None
-        if not isinstance(found, list) or not all(type(x) in (int, float) and math.isfinite(x) for x in found):
+        if not isinstance(found, list) or not all(type(x) in (int, float) and abs(x) < LARGEST for x in found):
             raise self._unusable("log-probabilities")
         return [float(x) for x in found]
 
     def _unusable(self, what: str) -> GenerationError:
         return GenerationError(f"{self._url}: the server's answer lacks {what}; vLLM 0.32 gives them")
+
+
+def is_token(value: object) -> bool:
+    """Whether a server's value can be a token id: others would break the tokenizer that decodes it."""
+    return type(value) is int and 0 <= value < 2**31
 
 
 def whole_state(model: PreTrainedModel) -> dict[str, Tensor]:

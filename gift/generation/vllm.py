@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,11 +25,10 @@ from transformers import PreTrainedModel
 from gift.cli import UserError
 from gift.generation import Engine, GenerationError, Request, Sample, SamplingParams, check_request
 from gift.lora import merged_state
-from gift.models import check_checkpoint, first_line
+from gift.models import check_checkpoint, first_line, load_config
 from gift.recipe import Generation
 
 SUPPORTED = "0.32"
-AGAIN = "what was recorded is kept; run the same command again to go on"
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 SMALL_CACHE = ("auto-fit max_model_len", "KV cache")
 ENVIRONMENT = {
@@ -50,6 +50,8 @@ class VLLMEngine(Engine):
         self, checkpoint: Path, settings: Generation, *, dtype: str = "auto", in_training: bool = False
     ) -> None:
         check_checkpoint(checkpoint)
+        if dtype == "auto":  # vLLM's own would take float32 weights for bfloat16
+            dtype = str(load_config(checkpoint).dtype or "auto").removeprefix("torch.")
         module = import_vllm()
         self._vllm, self._settings = module, settings
         self._on_gpu = torch.cuda.is_available()
@@ -103,7 +105,7 @@ class VLLMEngine(Engine):
         waiting: dict[str, int] = {}
         try:
             for number, (request, limit) in enumerate(zip(requests, limits, strict=True)):
-                waiting[self._add(request, self._sampling(request, limit, params))] = number
+                waiting[self._add(request.prompt_ids, self._sampling(request, limit, params))] = number
             while waiting:
                 for output in self._step():
                     if output.finished:
@@ -113,15 +115,26 @@ class VLLMEngine(Engine):
                 self._core.abort_request(list(waiting))
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
-        """Log-probabilities of each sequence's tokens but the first; a sequence must be shorter than the window."""
-        found: dict[str, list[float]] = {}
-        params = self._vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        names = [self._add(Request(tuple(sequence), 0), params) for sequence in sequences]
-        while len(found) < len(names):
-            for output in self._step():
-                steps = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
-                found[output.request_id] = [step[token].logprob for token, step in steps]
-        return [found[name] for name in names]
+        """Log-probabilities of each sequence's tokens but the first. Raises UserError for one that fills the window."""
+        for number, sequence in enumerate(sequences):
+            if not 1 <= len(sequence) < self.max_model_len:
+                raise UserError(
+                    f"sequence {number} has {len(sequence)} tokens; vLLM scores from 1 to {self.max_model_len - 1}"
+                )
+        waiting: dict[str, int] = {}
+        found: dict[int, list[float]] = {}
+        asked = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
+        try:
+            for number, sequence in enumerate(sequences):
+                waiting[self._add(sequence, asked)] = number
+            while waiting:
+                for output in self._step():
+                    steps = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+                    found[waiting.pop(output.request_id)] = [step[token].logprob for token, step in steps]
+        finally:
+            if waiting:
+                self._core.abort_request(list(waiting))
+        return [found[number] for number in range(len(sequences))]
 
     def update_weights(self, model: PreTrainedModel) -> None:
         """Takes over the model's weights in place, a tied head's too: without it vLLM loads garbage, and says nothing.
@@ -159,11 +172,15 @@ class VLLMEngine(Engine):
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _add(self, request: Request, params: Any) -> str:
+    def _add(self, prompt_ids: Sequence[int], params: dict[str, Any]) -> str:
+        """Hands a request over; returns its name. Raises UserError for one that vLLM does not take."""
         name = str(self._served)
         self._served += 1
-        prompt = self._vllm.inputs.TokensPrompt(prompt_token_ids=list(request.prompt_ids))
-        self._core.add_request(name, prompt, params)
+        prompt = self._vllm.inputs.TokensPrompt(prompt_token_ids=list(prompt_ids))
+        try:
+            self._core.add_request(name, prompt, self._vllm.SamplingParams(**params))
+        except (self._vllm.exceptions.VLLMError, ValueError) as error:  # an unknown token, a temperature of 3
+            raise UserError(f"vLLM refuses this request: {first_line(error)}") from error
         return name
 
     def _step(self) -> list[Any]:
@@ -171,37 +188,37 @@ class VLLMEngine(Engine):
             with self._quietly():
                 outputs: list[Any] = self._core.step()
         except Exception as error:  # whatever its workers raised, or that one of them is no more
-            raise self._explained(error, f"vLLM stopped in the middle of its work ({AGAIN})") from error
+            raise self._explained(error, "vLLM stopped in the middle of its work") from error
         return outputs
 
-    def _sampling(self, request: Request, limit: int, params: SamplingParams) -> Any:
-        """These parameters as vLLM's own."""
+    def _sampling(self, request: Request, limit: int, params: SamplingParams) -> dict[str, Any]:
+        """These parameters under vLLM's names."""
         guard = params.repetition_guard
-        return self._vllm.SamplingParams(
-            seed=request.seed,
-            max_tokens=limit,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            min_p=params.min_p,
-            stop=list(params.stop),
-            stop_token_ids=list(params.stop_ids),
-            ignore_eos=params.ignore_end,
-            repetition_detection=None
+        return {
+            "seed": request.seed,
+            "max_tokens": limit,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "min_p": params.min_p,
+            "stop": list(params.stop),
+            "stop_token_ids": list(params.stop_ids),
+            "ignore_eos": params.ignore_end,
+            "repetition_detection": None
             if guard is None
             else self._vllm.sampling_params.RepetitionDetectionParams(
                 max_pattern_size=guard.max_pattern, min_count=guard.count
             ),
-            logprobs=0 if params.logps else None,
-            flat_logprobs=params.logps,
-            detokenize=bool(params.stop),
-            skip_special_tokens=False,  # stop strings may hold some
-            output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
-        )
+            "logprobs": 0 if params.logps else None,
+            "flat_logprobs": params.logps,
+            "detokenize": bool(params.stop),
+            "skip_special_tokens": False,  # stop strings may hold some
+            "output_kind": self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+        }
 
     def _sample(self, output: Any, params: SamplingParams) -> Sample:
         if output.finish_reason not in ("stop", "length", "repetition"):
-            raise GenerationError(f"vLLM ended a sample for the reason {output.finish_reason!r}; {AGAIN}")
+            raise GenerationError(f"vLLM ended a sample for the reason {output.finish_reason!r}; run it again")
         logps = list(output.logprobs.logprobs) if params.logps else []
         given = {*params.stop, *params.stop_ids}  # and not one of the model's own end tokens, or vLLM's comment
         reason = output.stop_reason if output.stop_reason in given else None
@@ -263,10 +280,13 @@ def import_vllm() -> Any:
     """The module vllm, made ready to run inside this process. Raises UserError for a version that is not known."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # It says its first things before it has set up its own logging.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
     import vllm
 
     if not vllm.__version__.startswith(SUPPORTED):
         raise UserError(f"vllm is version {vllm.__version__}; this suite works with {SUPPORTED}")
+    import vllm.exceptions
     import vllm.inputs
     import vllm.sampling_params
 

@@ -61,7 +61,7 @@ class Generation:
     data_parallel: int = 1
     """Copies of the model in evaluation, each in its own process. In RL every rank has one."""
     tensor_parallel: int = 1
-    """vllm: devices that share a copy of the model. RL with its own vLLM takes 1."""
+    """vllm: devices that share a copy of the model; in RL, ranks whose number must be a multiple of it."""
     prefix_caching: bool = True
     """vllm: keeps what prompts have in common, until the weights change."""
     chunked_prefill: bool | None = None

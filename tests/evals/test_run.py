@@ -446,6 +446,7 @@ def test_prompts_that_do_not_fit_are_told(command, capsys, monkeypatch):
         (["--model", "model", "--tensor-parallel", "2"], "--tensor-parallel is a setting of vllm alone"),
         (["--model", "model", "--cache-gb", "0"], r"--cache-gb must be positive, got 0\.0"),
         (["--model", "model", "--engine", "vllm", "--batch-size", "8"], "--batch-size is for hf: vllm fills"),
+        (["--model", "model", "--data-parallel", "2", "--batch-size", "8"], "--batch-size is for hf in one process"),
         (["--model", "model", "--engine", "server", "--url", "http://x", "--dtype", "float32"], "--dtype is decided"),
         (["--model", "model", "--suite", "toy", "--top-k", "-1"], "top_k is -1"),
         (["--model", "model", "--suite", "toy", "--stop", ""], "stop holds an empty string"),

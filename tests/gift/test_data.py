@@ -101,6 +101,7 @@ def test_a_bad_value_names_file_row_and_column(tmp_path, suffix, change, message
         (json.dumps({**ROW, "answer": 2}), "column 'answer' is not text: 2"),
         (json.dumps({**ROW, "prompt": "\ud83d"}), "column 'prompt' has half of a surrogate pair"),
         ('{"prompt": ', "malformed row: "),
+        ("[" * 100_000, "malformed row: "),
         ('["a"]', "malformed row: expected a JSON object, got list"),
     ],
 )

@@ -36,6 +36,14 @@ def test_ranks_come_in_groups_that_share_a_model(monkeypatch):
     check_engines(load_recipe("nano-vllm", ["generation.tensor_parallel=2", "rl=null"]), 1)
 
 
+def test_a_run_with_a_server_needs_a_folder_to_hand_weights_over(tmp_path):
+    server = ["generation.engine=server", "generation.url=http://127.0.0.1:1"]
+    for folder in ([], [f"generation.shared_folder={tmp_path / 'nothing'}"]):
+        with pytest.raises(UserError, match=r"generation\.shared_folder is .*give a folder"):
+            check_engines(load_recipe("nano", [*server, *folder]), 1)
+    check_engines(load_recipe("nano", [*server, f"generation.shared_folder={tmp_path}"]), 1)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -134,6 +134,7 @@ def test_a_probe_takes_the_kernels_noise_for_noise():
     probe = Probe([(1, 2, 3)], tolerance=0.1)
     assert probe.check([[-1.01, -2.0]], [[-1.0, -2.0]]) == pytest.approx(0.005)
     assert probe.check([[-1.0, -2.01]], [[-1.0, -2.0001]]) == pytest.approx(0.00495)  # moved less than the noise
+    assert probe.check([[-1.0, -2.0]], [[-1.0, -2.006]]) == pytest.approx(0.003)  # nearer the old, within the noise
     with pytest.raises(StaleWeightsError, match="closer to the trainer's old ones"):
         probe.check([[-1.0, -2.01]], [[-1.0, -2.08]])
     with pytest.raises(StaleWeightsError, match="nan"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naive_generation import greedy, naive_logps
 from tiny_models import KINDS, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM
 
@@ -40,22 +41,6 @@ def model(request):
 def prompts(lengths=(5, 1, 17, 5, 9), seed=0) -> list[tuple[int, ...]]:
     generator = torch.Generator().manual_seed(seed)
     return [tuple(torch.randint(END, (length,), generator=generator).tolist()) for length in lengths]
-
-
-def greedy(model, prompt, tokens: int) -> list[int]:
-    """What `generate` makes of one prompt."""
-    ids = torch.tensor([prompt])
-    mask = torch.ones_like(ids)
-    found = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, pad_token_id=END)
-    return found[0, len(prompt) :].tolist()
-
-
-@torch.no_grad()
-def naive_logps(model, prompt, completion, temperature=1.0) -> list[float]:
-    """Log-probabilities of a completion by one unpadded forward pass over the whole sequence."""
-    logits = model(torch.tensor([[*prompt, *completion]])).logits[0].double()
-    logps = (logits / temperature).log_softmax(-1)
-    return [logps[len(prompt) - 1 + step, token].item() for step, token in enumerate(completion)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,6 +329,14 @@ def test_attention_it_would_get_wrong_is_refused():
         HFEngine(make_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0))
     with pytest.raises(UserError, match="needs attention 'sdpa'"):
         HFEngine(make_model("llama", attn_implementation="eager"))
+
+
+def test_rotations_that_depend_on_the_batch_are_refused():
+    factors = {"short_factor": [1.0] * 4, "long_factor": [6.0] * 4, "original_max_position_embeddings": 16}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    with pytest.raises(UserError, match=r"qwen2: the hf engine cannot serve LongRoPE, .* more than 16 tokens"):
+        HFEngine(make_model("qwen2", rope_parameters=rope))
+    HFEngine(make_model("qwen2", rope_parameters=rope, max_position_embeddings=16))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -168,12 +168,15 @@ def test_an_address_that_is_none(url):
         ((502, b"<html>Bad Gateway</html>"), "502.*Bad Gateway"),
         (b"<html>", "no JSON object"),
         (b"[1, 2]", "no JSON object"),
+        (b"[" * 100_000, "no JSON object"),
         ({"choices": []}, "lacks a completion"),
         ({"choices": [3]}, "lacks a completion"),
         (completion(None), "token ids"),
         (completion([]), "token ids"),
         (completion([1.5]), "token ids"),
         (completion(["1"]), "token ids"),
+        (completion([-1]), "token ids"),
+        (completion([2**31]), "token ids"),
         (completion([1] * 9), "token ids"),  # more than were asked for
         (completion([1], "abort"), "ended a sample because of 'abort'"),
         (completion([1], None), "ended a sample"),
@@ -187,7 +190,7 @@ def test_an_answer_that_is_no_completion(stub, reply, says):
     assert len(stub.bodies()) == 1  # not asked again
 
 
-@pytest.mark.parametrize("values", [(), (-1.0,), (-1.0, None), (-1.0, float("nan")), (-1.0, "x")])
+@pytest.mark.parametrize("values", [(), (-1.0,), (-1.0, None), (-1.0, float("nan")), (-1.0, "x"), (-1.0, -(10**400))])
 def test_logps_that_are_none(stub, values):
     stub.replies["/v1/completions"] = lambda body: (
         completion([1], **logprobs(0.0)) if body["max_tokens"] == 1 else completion([1, 2], **logprobs(*values))

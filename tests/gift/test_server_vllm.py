@@ -213,7 +213,7 @@ def test_it_is_an_openai_server(shared_vllm_server):
 
 
 def test_an_untied_head_is_updated_and_a_killed_server_is_one_clear_line(shared_vllm_server, tiny_checkpoint, tmp_path):
-    checkpoint = servable_checkpoint(tmp_path / "untied", tiny_checkpoint, tied=False)
+    checkpoint = servable_checkpoint(tmp_path / "untied", load_tokenizer(tiny_checkpoint), tied=False)
     (tmp_path / "shared").mkdir()
     with vllm_server(checkpoint, log=tmp_path / "server.log") as server:
         settings = Generation(engine="server", url=server.url, shared_folder=str(tmp_path / "shared"), max_rows=2)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from tiny_models import tiny_model
+from naive_generation import greedy, naive_logps
+from vllm_server import servable_checkpoint
 
 pytest.importorskip("vllm")
 
@@ -21,16 +21,7 @@ from gift.recipe import Generation, LoRA
 pytestmark = pytest.mark.vllm
 
 SETTINGS = Generation(engine="vllm", cache_gb=0.05, max_rows=16)
-SHAPE = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.2, "max_position_embeddings": 160}
-
-
-def save(folder: Path, tokenizer, *, seed: int = 0, kind: str = "qwen2", tied: bool = True, **settings) -> Path:
-    """A checkpoint that vLLM can serve: heads of width 32."""
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model = tiny_model(len(tokenizer), kind, seed, tie_word_embeddings=tied, **{**SHAPE, **ends, **settings})
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+WINDOW = 160
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +31,7 @@ def tokenizer(tiny_checkpoint):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tokenizer):
-    return save(tmp_path_factory.mktemp("vllm") / "tied", tokenizer)
+    return servable_checkpoint(tmp_path_factory.mktemp("vllm") / "tied", tokenizer, max_position_embeddings=WINDOW)
 
 
 @pytest.fixture(scope="module")
@@ -59,21 +50,6 @@ def prompts(tokenizer, count: int = 6) -> list[tuple[int, ...]]:
     generator = torch.Generator().manual_seed(1)
     lengths = [3 + 5 * number for number in range(count)]
     return [tuple(torch.randint(5, len(tokenizer), (length,), generator=generator).tolist()) for length in lengths]
-
-
-def greedy(model, prompt: tuple[int, ...], tokens: int) -> list[int]:
-    """transformers' own greedy continuation."""
-    ids = torch.tensor([prompt])
-    found = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens)
-    return found[0, len(prompt) :].tolist()
-
-
-@torch.no_grad()
-def naive_logps(model, prompt, completion, temperature: float = 1.0) -> list[float]:
-    """Log-probabilities of a completion by one forward pass over the whole sequence."""
-    logits = model(torch.tensor([[*prompt, *completion]])).logits[0].double()
-    logps = (logits / temperature).log_softmax(-1)
-    return [logps[len(prompt) - 1 + step, token].item() for step, token in enumerate(completion)]
 
 
 def assert_greedy_agrees(engine, model, asked) -> None:
@@ -119,6 +95,26 @@ def test_scores_are_those_of_a_forward_pass(engine, model, tokenizer):
     sequences = prompts(tokenizer)
     for sequence, found in zip(sequences, engine.score(sequences), strict=True):
         assert found == pytest.approx(naive_logps(model, sequence[:1], sequence[1:]), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda engine: engine.score([(5, 6), (5,) * engine.max_model_len]), "sequence 1 has .* tokens"),
+        (lambda engine: engine.score([(5, 6), ()]), "sequence 1 has 0 tokens"),
+        (lambda engine: engine.score([(5, 6), (5, 10**6)]), "1000000 is out of vocabulary"),
+        (
+            lambda engine: engine.generate([Request((5,), 0), Request((10**6,), 0)], SamplingParams(4)),
+            "1000000 is out of vocabulary",
+        ),
+        (lambda engine: engine.generate([Request((5,), 0)], SamplingParams(4, 2.5)), "temperature must be in"),
+    ],
+)
+def test_what_vllm_refuses_is_one_line_and_leaves_nothing_behind(engine, ask, message):
+    with pytest.raises(UserError, match=message) as error:
+        ask(engine)
+    assert "\n" not in str(error.value)
+    assert len(engine.generate([Request((5, 6), 0)], SamplingParams(4))) == 1
 
 
 def test_torchs_random_state_is_left_alone(engine, tokenizer):
@@ -181,13 +177,12 @@ def test_repetition_ends_a_sample(engine, tokenizer):
 
 
 def test_the_window_is_a_limit(engine, tokenizer):
-    window = SHAPE["max_position_embeddings"]
-    assert engine.max_model_len == window
-    nearly = tuple([7] * (window - 3))
+    assert engine.max_model_len == WINDOW
+    nearly = tuple([7] * (WINDOW - 3))
     (sample,) = engine.generate([Request(nearly, 1)], SamplingParams(50, 0.5, ignore_end=True))
     assert (len(sample.token_ids), sample.finish_reason) == (3, "length")
-    with pytest.raises(UserError, match=rf"request 1 \(math, 7\): a prompt of {window} tokens.*window of {window}"):
-        engine.generate([Request((1,), 0), Request((7,) * window, 0, key=("math", 7))], SamplingParams(5))
+    with pytest.raises(UserError, match=rf"request 1 \(math, 7\): a prompt of {WINDOW} tokens.*window of {WINDOW}"):
+        engine.generate([Request((1,), 0), Request((7,) * WINDOW, 0, key=("math", 7))], SamplingParams(5))
 
 
 def test_adapters_are_merged_into_what_it_samples_from(engine, checkpoint, model, tokenizer):
@@ -211,33 +206,43 @@ def test_adapters_are_merged_into_what_it_samples_from(engine, checkpoint, model
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_new_weights_are_sampled_from_next(tmp_path, tokenizer, kind, tied):
-    old = save(tmp_path / "old", tokenizer, kind=kind, tied=tied)
+    old = servable_checkpoint(tmp_path / "old", tokenizer, kind=kind, tied=tied)
     engine = VLLMEngine(old, SETTINGS, dtype="float32")
     try:
         asked = prompts(tokenizer)
         assert_greedy_agrees(engine, load_model(old), asked)
         for seed in (1, 2):
-            new = load_model(save(tmp_path / str(seed), tokenizer, seed=seed, kind=kind, tied=tied))
+            new = load_model(servable_checkpoint(tmp_path / str(seed), tokenizer, seed=seed, kind=kind, tied=tied))
             engine.update_weights(new)
             assert_greedy_agrees(engine, new, asked)
     finally:
         engine.close()
 
 
+def test_the_checkpoints_own_precision_is_kept(checkpoint, model, tokenizer):
+    sequence = prompts(tokenizer)[-1]
+    engine = VLLMEngine(checkpoint, SETTINGS)
+    try:
+        (found,) = engine.score([sequence])
+    finally:
+        engine.close()
+    assert found == pytest.approx(naive_logps(model, sequence[:1], sequence[1:]), abs=1e-4)
+
+
 def test_a_checkpoint_that_cannot_be_served(tmp_path, checkpoint, tokenizer):
     with pytest.raises(UserError, match="no such checkpoint folder"):
         VLLMEngine(tmp_path / "none", SETTINGS)
-    strange = save(tmp_path / "strange", tokenizer)
+    strange = servable_checkpoint(tmp_path / "strange", tokenizer)
     config = strange / "config.json"
     config.write_text(
         config.read_text().replace("Qwen2ForCausalLM", "NobodyForCausalLM").replace('"qwen2"', '"nobody"')
     )
-    with pytest.raises(UserError, match=r"strange: vLLM cannot serve this checkpoint: .*nobody"):
+    with pytest.raises(UserError, match=r"strange: .*nobody"):
         VLLMEngine(strange, SETTINGS)
 
 
 def test_heads_that_vllm_has_no_kernel_for(tmp_path, tokenizer):
-    narrow = save(tmp_path / "narrow", tokenizer, hidden_size=96)
+    narrow = servable_checkpoint(tmp_path / "narrow", tokenizer, hidden_size=96)
     with pytest.raises(UserError, match=r"narrow: vLLM cannot serve this checkpoint: .*head_dim=24"):
         VLLMEngine(narrow, SETTINGS)
 
@@ -265,7 +270,7 @@ def test_a_model_split_between_processes_and_one_that_dies(checkpoint, model, to
 
 def test_prompts_beyond_a_step_and_a_cache_beyond_its_room_change_no_sample(tmp_path, tokenizer):
     """6,000 tokens of prompts exceed what vLLM prefills at once, and their cache what it has: samples are preempted."""
-    large = save(tmp_path / "large", tokenizer, max_position_embeddings=1024)
+    large = servable_checkpoint(tmp_path / "large", tokenizer, max_position_embeddings=1024)
     prompt = prompts(tokenizer)[0] * 100
     requests = [Request(prompt[seed : seed + 300], seed) for seed in range(20)]
     params = SamplingParams(200, 1.0, ignore_end=True)
@@ -285,7 +290,7 @@ def test_chunked_prefill_is_refused_on_a_cpu(checkpoint):
 
 
 def test_a_smaller_cache_makes_a_smaller_window(tmp_path, tokenizer):
-    large = save(tmp_path / "large", tokenizer, max_position_embeddings=1024)
+    large = servable_checkpoint(tmp_path / "large", tokenizer, max_position_embeddings=1024)
     per_token = 2 * 2 * 2 * 32 * 4  # keys and values, layers, heads, width, bytes
     engine = VLLMEngine(large, Generation(engine="vllm", cache_gb=600 * per_token / 1e9), dtype="float32")
     try:

@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from vllm_server import servable_checkpoint
 from vllm_worker import CASES, STEPS
 
 pytest.importorskip("vllm")
-
-from test_vllm_engine import save
 
 from gift.models import load_tokenizer
 
@@ -26,7 +25,7 @@ TESTS = Path(__file__).parents[1]
 def two_ranks(tmp_path_factory, tiny_checkpoint) -> Path:
     """What two ranks wrote of every case: one launch for all."""
     folder = tmp_path_factory.mktemp("vllm-ranks")
-    checkpoint = save(folder / "policy", load_tokenizer(tiny_checkpoint))
+    checkpoint = servable_checkpoint(folder / "policy", load_tokenizer(tiny_checkpoint))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     worker = [str(Path(__file__).with_name("vllm_worker.py")), str(checkpoint), str(folder)]
