@@ -98,7 +98,7 @@ class Sampler:
         room = None
         if self.tokenizer is not None:
             ids = tuple(encode_prompt(self.tokenizer, item.prompt))
-            room = max(0, min(self.protocol.max_tokens, self.engine.max_model_len - len(ids)))
+            room = max(0, min(self.protocol.max_tokens, self.engine.model_window - len(ids)))
         slots = []
         for _, run, sample in keys_of(item, self.protocol):
             key = (task.name, item.id, run, sample)

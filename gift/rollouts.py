@@ -99,7 +99,8 @@ class Sampler:
         if tokens + limit > window:
             raise UserError(
                 f"{problem.id}: its prompt of {tokens} tokens and a response of rl.max_tokens={limit} exceed the"
-                f" model's window of {window}; lower rl.max_tokens, or leave the longest prompts out of the data"
+                f" model's window of {window}; lower rl.max_tokens, leave the longest prompts out of the data, or,"
+                " where vLLM's cache is what cuts the window, raise generation.cache_gb"
             )
 
     def draw(self, batch: Sequence[Example], problems: Sequence[Example], step: int) -> Draw:

@@ -127,6 +127,11 @@ class Engine(ABC):
     max_model_len: int
     """The window: tokens of prompt and response together."""
 
+    @property
+    def model_window(self) -> int:
+        """The model's own window, which `max_model_len` falls short of where the engine has no memory for it."""
+        return self.max_model_len
+
     @abstractmethod
     def stream(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]:
         """The requests' numbers and samples, as they finish.
@@ -160,10 +165,19 @@ class Engine(ABC):
         """Frees what the engine holds. May be called again."""
 
 
-def check_request(number: int, request: Request, params: SamplingParams, window: int) -> int:
+def check_request(
+    number: int,
+    request: Request,
+    params: SamplingParams,
+    window: int,
+    *,
+    model_window: int | None = None,
+    remedy: str = "",
+) -> int:
     """How many tokens the response to this request may have: its limit, cut by the window.
 
-    Raises UserError, naming the request, for an empty prompt, one that fills the window, and a limit below 1.
+    Raises UserError, naming the request, for an empty prompt, one that fills the window, and a limit below 1; with the
+    remedy, where an engine's window would cut a response that the model's own leaves room for.
     """
     name = f"request {number}" + (f" ({', '.join(map(str, request.key))})" if request.key else "")
     room = window - len(request.prompt_ids)
@@ -175,6 +189,12 @@ def check_request(number: int, request: Request, params: SamplingParams, window:
     limit = request.limit(params)
     if limit < 1:
         raise UserError(f"{name}: max_tokens is {limit}; it must be at least 1")
+    whole = min(limit, (model_window or window) - len(request.prompt_ids))
+    if room < whole:
+        raise UserError(
+            f"{name}: the engine's window of {window} would cut the response at {room} tokens, the model's of"
+            f" {model_window} allows {whole}; {remedy}"
+        )
     return min(limit, room)
 
 

@@ -66,6 +66,11 @@ class ServerEngine(Engine):
         self._handed_over: Path | None = None
         self.version = START_VERSION
 
+    @property
+    def model_window(self) -> int:
+        """The window that the checkpoint's config names; the server's where there is no checkpoint."""
+        return self._model_window
+
     def stream(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]:
         """The requests' numbers and samples, as they finish. Abandoning it half-way ends what is under way."""
         jobs = [(request, self._limit(number, request, params)) for number, request in enumerate(requests)]
@@ -155,14 +160,8 @@ class ServerEngine(Engine):
         return same[0], windows[same[0]]
 
     def _limit(self, number: int, request: Request, params: SamplingParams) -> int:
-        limit = check_request(number, request, params, self.max_model_len)
-        whole = check_request(number, request, params, self._model_window)
-        if limit < whole:
-            raise UserError(
-                f"{self._url}: the server's window of {self.max_model_len} would cut request {number} at {limit}"
-                f" tokens, the model's allows {whole}; start it with --max-model-len {len(request.prompt_ids) + whole}"
-            )
-        return limit
+        remedy = f"start the server at {self._url} with a larger --max-model-len"
+        return check_request(number, request, params, self.max_model_len, model_window=self.model_window, remedy=remedy)
 
     def _check_version(self) -> None:
         """Raises StaleWeightsError where the server samples from other weights than `version`."""

@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import ValidationError
@@ -43,15 +43,21 @@ class VLLMEngine(Engine):
     """vLLM over a checkpoint folder.
 
     `in_training`: beside a policy that RL trains in the same process, in each rank. torch.distributed must have been
-    initialized before. Raises UserError where vLLM is not installed or cannot serve this checkpoint.
+    initialized before. One at a time in a process. Raises UserError where vLLM is not installed or cannot serve this
+    checkpoint.
     """
+
+    _opened: ClassVar[VLLMEngine | None] = None
 
     def __init__(
         self, checkpoint: Path, settings: Generation, *, dtype: str = "auto", in_training: bool = False
     ) -> None:
         check_checkpoint(checkpoint)
+        if VLLMEngine._opened is not None:  # closing one would take down what the other shares with it
+            raise UserError("vLLM: one engine at a time in a process; close the one that is open first")
+        config = load_config(checkpoint)
         if dtype == "auto":  # vLLM's own would take float32 weights for bfloat16
-            dtype = str(load_config(checkpoint).dtype or "auto").removeprefix("torch.")
+            dtype = str(config.dtype or "auto").removeprefix("torch.")
         module = import_vllm()
         self._vllm, self._settings = module, settings
         self._on_gpu = torch.cuda.is_available()
@@ -89,7 +95,9 @@ class VLLMEngine(Engine):
                     **options,
                 )
             self._core = self._llm.llm_engine
+            VLLMEngine._opened = self
             self.max_model_len: int = self._core.vllm_config.model_config.max_model_len
+            self._model_window = max(self.max_model_len, config.get_text_config().max_position_embeddings)
             self.generate([Request((0,), 0)], SamplingParams(1, logps=True))  # some kernels are looked for only now
         except Exception as error:  # vLLM, pydantic, transformers and torch raise a dozen unrelated kinds here
             self.close()
@@ -97,9 +105,20 @@ class VLLMEngine(Engine):
         finally:
             torch.set_num_threads(threads)
 
+    @property
+    def model_window(self) -> int:
+        """The window that the checkpoint's config names."""
+        return self._model_window
+
     def stream(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]:
         """The requests' numbers and samples, as they finish. Abandoning it half-way aborts what is under way."""
-        limits = [check_request(number, request, params, self.max_model_len) for number, request in enumerate(requests)]
+        if self._core is None:
+            raise GenerationError("this vLLM engine is closed")
+        remedy = f"raise generation.cache_gb (now {self._settings.cache_gb:g})"
+        limits = [
+            check_request(number, request, params, self.max_model_len, model_window=self.model_window, remedy=remedy)
+            for number, request in enumerate(requests)
+        ]
         if self._asleep:
             raise GenerationError("vLLM gave its weights' memory back; it needs update_weights before it can sample")
         waiting: dict[str, int] = {}
@@ -167,7 +186,7 @@ class VLLMEngine(Engine):
             return
         with self._quietly(), kept_group(self._shares_group):
             self._core.engine_core.shutdown()
-        self._core = self._llm = None
+        self._core = self._llm = VLLMEngine._opened = None
         gc.collect()
 
     # -----------------------------------------------------------------------------------------------------------------

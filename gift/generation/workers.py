@@ -71,7 +71,7 @@ class WorkerEngine(Engine):
         try:
             for number, place in enumerate(places, start=1):
                 self.workers.append(Worker(f"generation worker {number} of {count}", place, job))
-            windows: list[int] = []
+            windows: list[tuple[int, int]] = []
             while len(windows) < count:
                 for kind, _, content in self._messages():
                     if kind == "error":
@@ -80,12 +80,18 @@ class WorkerEngine(Engine):
         except BaseException:
             self.close()
             raise
-        self.max_model_len = min(windows)
+        self.max_model_len = min(window for window, _ in windows)
+        self._model_window = min(window for _, window in windows)
+
+    @property
+    def model_window(self) -> int:
+        """As the workers' engines say."""
+        return self._model_window
 
     def stream(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]:
         """As Engine.stream; a worker's death is a GenerationError that names it and how it ended."""
         for number, request in enumerate(requests):
-            check_request(number, request, params, self.max_model_len)
+            check_request(number, request, params, self.model_window)  # the rest is for the workers to say
         yield from self._share(requests, params)
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
@@ -268,7 +274,7 @@ def serve() -> None:
     except UserError as error:
         parent.send(("error", 0, error))
         return
-    parent.send(("ready", 0, engine.max_model_len))
+    parent.send(("ready", 0, (engine.max_model_len, engine.model_window)))
     for call, numbers, work, params in inbox:
         try:
             results = perform(engine, work, params) if call > inbox.dropped else iter(())

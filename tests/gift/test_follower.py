@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from naive_rl import fresh_policy, make_tokenizer
+from tiny_models import tiny_model
 
 from gift.engine import TrainingEngine
 from gift.generation import Engine, Request, SamplingParams, StaleWeightsError
@@ -128,6 +129,23 @@ def test_wrong_weights_are_an_error_at_once(training):
     ours = follower(training, Copied(other, broken=True))
     with pytest.raises(StaleWeightsError, match=r"differ by .* more than 0\.001.*generation\.probe_tolerance"):
         ours.generate(ASKED, PARAMS)
+
+
+def test_a_probe_remembers_the_last_weights_not_the_first():
+    first, second, third = [[-3.0, -3.0]], [[-1.0, -1.0]], [[-1.1, -1.1]]
+    probe = Probe([(1, 2, 3)], tolerance=0.2)
+    probe.check(first, first)
+    probe.check(second, second)
+    with pytest.raises(StaleWeightsError, match="closer to the trainer's old ones"):
+        probe.check(second, third)
+
+
+def test_the_probe_is_scored_without_dropout():
+    model = tiny_model(40, attention_dropout=0.5)
+    expected = model_logps(model, SEQUENCES)
+    model.train()
+    assert model_logps(model, SEQUENCES) == expected
+    assert model.training
 
 
 def test_a_probe_takes_the_kernels_noise_for_noise():

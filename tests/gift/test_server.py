@@ -252,5 +252,7 @@ def test_a_window_smaller_than_the_models_may_not_cut_a_response(stub, tiny_chec
     stub.replies["/v1/models"] = lambda _: {"data": [entry]}
     engine = ServerEngine(settings(stub.url), tiny_checkpoint)
     engine.generate([Request((1,), 0)], SamplingParams(WINDOW - 1))
-    with pytest.raises(UserError, match=f"--max-model-len {WINDOW + 1}"):
+    with pytest.raises(
+        UserError, match=rf"cut the response at {WINDOW - 1} tokens.* {stub.url} with a larger --max-model-len"
+    ):
         engine.generate([Request((1,), 0)], SamplingParams(WINDOW))

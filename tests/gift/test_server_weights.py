@@ -98,7 +98,7 @@ def test_a_server_restarted_without_development_mode_has_stale_weights(engine, w
 
 def test_weights_that_another_run_left_are_noticed(stub, weights):
     weights.version = "of another run"
-    with pytest.raises(StaleWeightsError, match="it was started"):
+    with pytest.raises(StaleWeightsError, match="those of its start"):
         one_sample(stub)
 
 

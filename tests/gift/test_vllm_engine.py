@@ -40,10 +40,26 @@ def model(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def engine(checkpoint):
-    engine = VLLMEngine(checkpoint, SETTINGS, dtype="float32")
-    yield engine
-    engine.close()
+def opened():
+    """The engine that tests share, if one is open: a process has one at a time."""
+    engines: list[VLLMEngine] = []
+    yield engines
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def engine(opened, checkpoint):
+    if not opened:
+        opened.append(VLLMEngine(checkpoint, SETTINGS, dtype="float32"))
+    return opened[0]
+
+
+@pytest.fixture
+def alone(opened):
+    """For tests that open engines of their own."""
+    while opened:
+        opened.pop().close()
 
 
 def prompts(tokenizer, count: int = 6) -> list[tuple[int, ...]]:
@@ -203,6 +219,7 @@ def test_adapters_are_merged_into_what_it_samples_from(engine, checkpoint, model
         engine.update_weights(model)
 
 
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_new_weights_are_sampled_from_next(tmp_path, tokenizer, kind, tied):
@@ -219,6 +236,7 @@ def test_new_weights_are_sampled_from_next(tmp_path, tokenizer, kind, tied):
         engine.close()
 
 
+@pytest.mark.usefixtures("alone")
 def test_the_checkpoints_own_precision_is_kept(checkpoint, model, tokenizer):
     sequence = prompts(tokenizer)[-1]
     engine = VLLMEngine(checkpoint, SETTINGS)
@@ -229,6 +247,7 @@ def test_the_checkpoints_own_precision_is_kept(checkpoint, model, tokenizer):
     assert found == pytest.approx(naive_logps(model, sequence[:1], sequence[1:]), abs=1e-4)
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_checkpoint_that_cannot_be_served(tmp_path, checkpoint, tokenizer):
     with pytest.raises(UserError, match="no such checkpoint folder"):
         VLLMEngine(tmp_path / "none", SETTINGS)
@@ -241,17 +260,20 @@ def test_a_checkpoint_that_cannot_be_served(tmp_path, checkpoint, tokenizer):
         VLLMEngine(strange, SETTINGS)
 
 
+@pytest.mark.usefixtures("alone")
 def test_heads_that_vllm_has_no_kernel_for(tmp_path, tokenizer):
     narrow = servable_checkpoint(tmp_path / "narrow", tokenizer, hidden_size=96)
     with pytest.raises(UserError, match=r"narrow: vLLM cannot serve this checkpoint: .*head_dim=24"):
         VLLMEngine(narrow, SETTINGS)
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_cache_without_room_for_a_sample(tmp_path, checkpoint):
     with pytest.raises(GenerationError, match=r"not enough .* memory.*; raise generation.cache_gb \(now 1e-06\)"):
         VLLMEngine(checkpoint, Generation(engine="vllm", cache_gb=1e-6), dtype="float32")
 
 
+@pytest.mark.usefixtures("alone")
 @pytest.mark.slow
 def test_a_model_split_between_processes_and_one_that_dies(checkpoint, model, tokenizer):
     asked = prompts(tokenizer)
@@ -268,6 +290,7 @@ def test_a_model_split_between_processes_and_one_that_dies(checkpoint, model, to
         engine.close()
 
 
+@pytest.mark.usefixtures("alone")
 def test_prompts_beyond_a_step_and_a_cache_beyond_its_room_change_no_sample(tmp_path, tokenizer):
     """6,000 tokens of prompts exceed what vLLM prefills at once, and their cache what it has: samples are preempted."""
     large = servable_checkpoint(tmp_path / "large", tokenizer, max_position_embeddings=1024)
@@ -284,18 +307,38 @@ def test_prompts_beyond_a_step_and_a_cache_beyond_its_room_change_no_sample(tmp_
     assert found[0] == found[1]
 
 
+@pytest.mark.usefixtures("alone")
 def test_chunked_prefill_is_refused_on_a_cpu(checkpoint):
     with pytest.raises(UserError, match=r"generation\.chunked_prefill: .* on a CPU"):
         VLLMEngine(checkpoint, replace(SETTINGS, chunked_prefill=True))
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_smaller_cache_makes_a_smaller_window(tmp_path, tokenizer):
     large = servable_checkpoint(tmp_path / "large", tokenizer, max_position_embeddings=1024)
     per_token = 2 * 2 * 2 * 32 * 4  # keys and values, layers, heads, width, bytes
     engine = VLLMEngine(large, Generation(engine="vllm", cache_gb=600 * per_token / 1e9), dtype="float32")
     try:
         assert 256 <= engine.max_model_len <= 600
-        (sample,) = engine.generate([Request((5, 6), 0)], SamplingParams(1000, ignore_end=True))
+        assert engine.model_window == 1024
+        (sample,) = engine.generate([Request((5, 6), 0)], SamplingParams(engine.max_model_len - 2, ignore_end=True))
         assert len(sample.token_ids) == engine.max_model_len - 2
+        with pytest.raises(UserError, match=r"request 0: .* would cut the response .* raise generation\.cache_gb"):
+            engine.generate([Request((5, 6), 0)], SamplingParams(900))
     finally:
         engine.close()
+
+
+def test_one_engine_at_a_time(engine, checkpoint, tokenizer):
+    with pytest.raises(UserError, match="one engine at a time in a process"):
+        VLLMEngine(checkpoint, SETTINGS)
+    assert engine.generate([Request(prompts(tokenizer)[0], 0)], SamplingParams(2))
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_closed_engine_says_so(checkpoint):
+    engine = VLLMEngine(checkpoint, SETTINGS)
+    engine.close()
+    engine.close()
+    with pytest.raises(GenerationError, match="closed"):
+        engine.generate([Request((5,), 0)], SamplingParams(2))

@@ -37,7 +37,8 @@ def engine_with(recorder: Recorder, *, sleeps: bool) -> VLLMEngine:
     engine = object.__new__(VLLMEngine)
     engine._llm, engine._settings, engine._eager, engine._on_gpu = recorder, Generation(engine="vllm"), True, False
     engine._sleeps, engine._asleep = sleeps, False
-    engine.max_model_len = 64
+    engine.max_model_len = engine._model_window = 64
+    engine._core = recorder
     return engine
 
 
