@@ -18,6 +18,7 @@ entropy term needs it.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -130,24 +131,24 @@ class GRPOTrainer:
         state = self.engine.resume(self.resume_dir) or {"step": 0, "failed": []}
         self.failed.ids = state["failed"]
         bar = progress(total, f"{self.policy}: rl", unit="step", initial=state["step"])
-        for step in range(state["step"], total):
-            if step == 0:
-                self.validate(validation, step=0)
-            epoch, position = divmod(step, per_epoch)
-            order = epoch_order(len(problems), self.seed, epoch)
-            start = position * settings.batch_size
-            batch = [problems[i] for i in order[start : start + settings.batch_size]]
-            row = self.train_step(batch, problems, step, total)
-            done = step + 1
-            self._record("train", done, row)
-            if settings.validate_every and (done % settings.validate_every == 0 or done == total):
-                self.validate(validation, step=done)
-            if done % settings.save_every == 0 and done < total:
-                self.engine.save(self.resume_dir, {"step": done, "failed": self.failed.ids})
-            bar.set_postfix_str(f"reward {row['reward_mean']:.2f}", refresh=False)
-            bar.update()
+        with contextlib.closing(self.generator):  # a server's copy of the weights is not left behind
+            for step in range(state["step"], total):
+                if step == 0:
+                    self.validate(validation, step=0)
+                epoch, position = divmod(step, per_epoch)
+                order = epoch_order(len(problems), self.seed, epoch)
+                start = position * settings.batch_size
+                batch = [problems[i] for i in order[start : start + settings.batch_size]]
+                row = self.train_step(batch, problems, step, total)
+                done = step + 1
+                self._record("train", done, row)
+                if settings.validate_every and (done % settings.validate_every == 0 or done == total):
+                    self.validate(validation, step=done)
+                if done % settings.save_every == 0 and done < total:
+                    self.engine.save(self.resume_dir, {"step": done, "failed": self.failed.ids})
+                bar.set_postfix_str(f"reward {row['reward_mean']:.2f}", refresh=False)
+                bar.update()
         bar.close()
-        self.generator.close()
         checkpoint(self.engine, total)
         self.engine.close()
         if self.frozen is not None:
