@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from evals.options import check, generation_of, given, named_as_options, parse, plans_of
+from evals.options import HF, check, generation_of, given, named_as_options, parse, plans_of
 from evals.results import Evaluation, log_path, print_results, summarize, write_items
 from evals.sampling import Batch, Sampler, Throughput, check_stored, pending_batches
 from evals.suites import PROTOCOLS, SUITES, UNRECORDED, Protocol, Suite
@@ -32,7 +32,6 @@ from gift.recipe import Generation
 from gift.records import RunDir, sha256_file, sha256_json, sha256_weights, utc_now
 
 ELSEWHERE = "repeat those settings, or evaluate the checkpoint apart with --model CHECKPOINT --out DIR"
-HF = Generation()
 
 
 def evaluate(

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from gift.cli import UserError
 from gift.generation import Engine, GenerationError, Request, Sample, SamplingParams, StaleWeightsError, check_request
 from gift.generation.client import Calls, Client, CutConnectionError, RefusedRequestError, one_line
+from gift.generation.vllm_fields import guard_fields, sampling_fields
 from gift.lora import merged_state
 from gift.models import load_config
 from gift.recipe import Generation
@@ -192,23 +193,10 @@ class ServerEngine(Engine):
         self._logps_checked = True
 
     def _sample(self, request: Request, limit: int, params: SamplingParams, calls: Calls) -> Sample:
-        guard = params.repetition_guard
-        body = {
-            "prompt": list(request.prompt_ids),
-            "seed": request.seed,
-            "max_tokens": limit,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "top_k": params.top_k,
-            "min_p": params.min_p,
-            "stop": list(params.stop),
-            "stop_token_ids": list(params.stop_ids),
-            "ignore_eos": params.ignore_end,
-            "skip_special_tokens": False,  # in the text that is searched for stop strings
-            "return_token_ids": True,
-        }
-        if guard is not None:
-            body["repetition_detection"] = {"max_pattern_size": guard.max_pattern, "min_count": guard.count}
+        prompt = {"prompt": list(request.prompt_ids), "return_token_ids": True}
+        body = {**prompt, **sampling_fields(request, limit, params)}
+        if (guard := guard_fields(params)) is not None:
+            body["repetition_detection"] = guard
         if params.logps:
             body["logprobs"] = 0
         choice = self._complete(body, calls)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from gift.cli import UserError
 from gift.generation import Engine, GenerationError, Request, Sample, SamplingParams, check_request
+from gift.generation.vllm_fields import guard_fields, sampling_fields
 from gift.lora import merged_state
 from gift.models import check_checkpoint, first_line, load_config
 from gift.recipe import Generation
@@ -212,26 +213,13 @@ class VLLMEngine(Engine):
 
     def _sampling(self, request: Request, limit: int, params: SamplingParams) -> dict[str, Any]:
         """These parameters under vLLM's names."""
-        guard = params.repetition_guard
+        guard, detection = guard_fields(params), self._vllm.sampling_params.RepetitionDetectionParams
         return {
-            "seed": request.seed,
-            "max_tokens": limit,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "top_k": params.top_k,
-            "min_p": params.min_p,
-            "stop": list(params.stop),
-            "stop_token_ids": list(params.stop_ids),
-            "ignore_eos": params.ignore_end,
-            "repetition_detection": None
-            if guard is None
-            else self._vllm.sampling_params.RepetitionDetectionParams(
-                max_pattern_size=guard.max_pattern, min_count=guard.count
-            ),
+            **sampling_fields(request, limit, params),
+            "repetition_detection": None if guard is None else detection(**guard),
             "logprobs": 0 if params.logps else None,
             "flat_logprobs": params.logps,
             "detokenize": bool(params.stop),
-            "skip_special_tokens": False,  # stop strings may hold some
             "output_kind": self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         }
 
