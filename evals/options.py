@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from evals.suites import PROTOCOLS, SUITES, Protocol, Suite, find
+from evals.suites import PROTOCOLS, SUITES, Protocol, Suite, find, plan, read_protocol
 from gift.cli import UserError, positive
 from gift.generation import RepetitionGuard
 from gift.recipe import Generation, build
@@ -18,11 +18,21 @@ from gift.recipe.rules import check_generation, check_numbers
 from gift.records import RunDir
 
 HF = Generation()
+VERBS = ("generate", "grade")
+LM_EVAL = "lm_eval:"  # what the names of lm-eval's own tasks begin with
 GUARD = RepetitionGuard()
 # Settings by the names of their options, which are None where the command line does not say.
 COUNTS = ("runs", "samples_per_run")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop", "repetition_guard")
 ENGINE = ("engine", "cache_gb", "max_rows", "data_parallel", "tensor_parallel", "url")
+
+
+class Choice(NamedTuple):
+    """A suite, the tasks of it that are named ([]: all of them), and how to sample them."""
+
+    suite: Suite
+    tasks: list[str]
+    protocol: Protocol
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -32,12 +42,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description="Evaluate a checkpoint, or every checkpoint of a run. The same command continues what was stopped.",
     )
     add = parser.add_argument
+    verbs = "do only this: sample, grade what was sampled, or print what is recorded (default: all three)"
+    add("verb", nargs="?", choices=(*VERBS, "report"), help=verbs)
     add("--list", action="store_true", help="show suites, tasks and protocols, and stop")
-    add("--suite", default="nano", help="what to evaluate: a suite's name, or 'all' (default: %(default)s)")
+    add("--suite", help="what to evaluate: a suite's name, or 'all' (default: that of --task, else nano)")
     add("--model", help="a checkpoint folder, a Hub id, or a run directory (then every checkpoint of it)")
     add("--generations", type=Path, help="in place of a model: a .jsonl or .parquet file of completions to grade")
     add("--policy", action="append", default=[], help="of a run directory, evaluate only this policy (repeatable)")
-    add("--task", action="append", default=[], help="of the suite, only this task (repeatable)")
+    task = f"only this task of the suite, or {LM_EVAL}NAME for one of lm-eval's own (repeatable)"
+    add("--task", action="append", default=[], help=task)
     add("--limit", type=positive, help="only the first LIMIT items of each task (default: as the run's recipe says)")
     add(
         "--data-dir",
@@ -46,10 +59,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         " (default: as the run's recipe says, else the Hub)",
     )
     add("--out", type=Path, help="run directory for a checkpoint on its own (default: runs/eval-NAME-HASH)")
+    pair = "print paired differences between two evaluated policies of --model RUN, or of runs: RUN or RUN:POLICY"
+    add("--compare", nargs=2, metavar=("A", "B"), help=pair)
+    add("--disagreements", action="store_true", help="list the samples on which a task's graders differ")
+    add("--unsafe-code", action="store_true", help="run generated programs also where they cannot be isolated")
     add("--policy-name", help="what to call a checkpoint on its own (default: its folder's name)")
     add("--seed", type=int, help="seed of all samples (default: that of the run's samples, else of its recipe, else 0)")
     protocol = parser.add_argument_group("protocol (default: the suite's)")
-    protocol.add_argument("--protocol", help=f"one of: {', '.join(PROTOCOLS)}")
+    protocol.add_argument("--protocol", help=f"one of: {', '.join(PROTOCOLS)}; or a .yaml file of your own")
     protocol.add_argument("--runs", type=positive, help="runs whose mean accuracy is reported")
     protocol.add_argument("--samples-per-run", type=positive, help="samples of each item in a run")
     protocol.add_argument("--temperature", type=float, help="0 is greedy")
@@ -82,26 +99,54 @@ def check(args: argparse.Namespace) -> None:
     if args.data_dir is not None and not args.data_dir.is_dir():
         raise UserError(f"{args.data_dir}: no such folder; --data-dir holds e.g. gsm8k/test.jsonl")
     if args.suite == "all" and args.task:
-        raise UserError("--task names a task of one suite; name that suite instead of 'all'")
+        raise UserError("--task names a task of one suite; leave out --suite, or name that suite instead of 'all'")
     if args.generations is not None:
         idle = given(args, ("model", "policy", *SAMPLING, *ENGINE, "seed", "dtype", "batch_size"))
         if idle:
             raise UserError(f"{', '.join(map(option, idle))}: for sampling a model, not for --generations of a file")
 
 
-def plans_of(args: argparse.Namespace) -> list[tuple[Suite, Protocol]]:
-    """The suites to evaluate, each with its protocol. Raises UserError for a name or value that makes no sense."""
+def chosen(args: argparse.Namespace) -> list[Choice]:
+    """The suites to evaluate, with their tasks and protocols. Raises UserError for a name or value that makes no sense.
+
+    A task without a suite is that of the first suite that has it.
+    """
+    tasks = [name for name in args.task if not name.startswith(LM_EVAL)]
+    if args.suite == "all":
+        names: dict[str, list[str]] = {name: [] for name in SUITES}
+    elif args.suite is not None or not args.task:
+        names = {args.suite or "nano": tasks}
+    else:
+        homes = {task: name for name, suite in reversed(SUITES.items()) for task in suite.tasks}
+        names = {}
+        for task in tasks:
+            names.setdefault(find(homes, task, "task"), []).append(task)
+    choices = []
+    for name, wanted in names.items():
+        suite = find(SUITES, name, "suite")
+        protocol = protocol_of(args, suite)
+        plan(suite, protocol, tasks=wanted)  # which raises for what makes no sense
+        choices.append(Choice(suite, wanted, protocol))
+    return choices
+
+
+def lm_eval_tasks(args: argparse.Namespace) -> list[str]:
+    """The names of lm-eval's own tasks that are asked for."""
+    return [name.removeprefix(LM_EVAL) for name in args.task if name.startswith(LM_EVAL)]
+
+
+def protocol_of(args: argparse.Namespace, suite: Suite) -> Protocol:
+    """A suite's protocol with what the command line changes. Raises UserError for a name that it does not know."""
     changes = given(args, (*COUNTS, *SAMPLING))
     if "stop" in changes:
         changes["stop"] = tuple(changes["stop"])
-    plans = []
-    for suite in list(SUITES.values()) if args.suite == "all" else [find(SUITES, args.suite, "suite")]:
-        suite.select(args.task)
-        protocol = find(PROTOCOLS, args.protocol, "protocol") if args.protocol else suite.protocol
-        protocol = replace(protocol, **changes)
-        protocol.check()
-        plans.append((suite, protocol))
-    return plans
+    if args.protocol is None:
+        protocol = suite.protocol
+    elif args.protocol.endswith((".yaml", ".yml")):
+        protocol = read_protocol(Path(args.protocol))
+    else:
+        protocol = find(PROTOCOLS, args.protocol, "protocol")
+    return replace(protocol, **changes)
 
 
 def generation_of(args: argparse.Namespace) -> Generation:

@@ -1,40 +1,52 @@
-"""What a run's samples say: the counts that other tools join on, and the table of a summary."""
+"""What a run's samples and verdicts say: the counts that other tools join on, and the tables of a summary."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from evals.sampling import Throughput
-from evals.stats import Interval, accuracy_interval, pass_at_k
-from evals.suites import Protocol, Suite
-from evals.tasks import Item, Task
-from gift.records import RunDir, read_jsonl, write_table
+from evals.stats import Interval, accuracy_interval, clustered_mean, pass_at_k
+from evals.tables import print_table
+from gift.records import RunDir, write_table
+from gift.samples import graded_samples
 
-PASS_AT = (1, 2, 4, 8)
+PASS_AT = (1, 2, 4, 8, 32)
+SHOWN = 3  # how many of the answers that a grader mistakes are named
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One policy on one task.
+    """One policy on one task, as far as its samples are graded.
 
-    `truncated` and `no_answer` are shares of samples, `repetitive` (ended by the guard) and `ungraded` count samples,
-    `no_room` and `less_room` count items whose prompt leaves no or less room than the protocol allows, `tokens` is the
-    mean length of the completions whose length is known, None where it is of none.
+    `score` is the mean accuracy of the runs, or for a task whose metric is 'rating' the mean rating; None where nothing
+    is graded. `others` has the accuracy by each of the other graders, and on how many samples it differs. `ratings` are
+    the mean ratings by category. `truncated` and `no_answer` are shares of samples, `repetitive` (ended by the guard),
+    `ungraded` (the grader failed or ran out of time) and `pending` (not graded yet) count samples, `missing` counts
+    samples that were not drawn yet, `no_room` and `less_room` count items whose prompt leaves no or less room than the
+    protocol allows. `tokens` is the mean length of the completions whose length is known, None where it is of none.
     """
 
     policy: str
+    suite: str
     task: str
+    metric: str
     items: int
-    accuracy: Interval
+    score: Interval | None
     pass_at: dict[int, float]
+    others: dict[str, tuple[float, int]]
+    ratings: dict[str, Interval]
     truncated: float
     no_answer: float
     repetitive: int
     ungraded: int
+    pending: int
+    missing: int
     no_room: int
     less_room: int
     tokens: float | None
@@ -49,113 +61,243 @@ class Evaluation:
     missing: dict[str, str]
 
 
-def log_path(run: RunDir, policy: str, task: Task) -> Path:
-    """The log of a policy's samples on a task."""
-    return run.path / "samples" / policy / f"{task.name}.jsonl"
+def recorded_tasks(run: RunDir) -> Iterator[tuple[str, str, Row, str]]:
+    """Suite, task, the task's entry in the manifest and policy, of all that was sampled."""
+    for suite, about in run.manifest["eval"].items():
+        for task, entry in about["tasks"].items():
+            for policy in entry["policies"]:
+                yield suite, task, entry, policy
+
+
+def graders_of(entry: Row) -> dict[str, str]:
+    """Name to version of a task's graders, the reported one first; {} where nothing has been graded."""
+    return dict(entry.get("graders", {}))
 
 
 def write_items(run: RunDir) -> None:
-    """Writes `items.parquet`: samples and correct ones per task, item, policy and run, from every log of the run."""
+    """Writes what other tools join on, from every log of the run.
+
+    `items.parquet`: graded samples and correct ones per task, item, policy and run. `ratings.parquet`, where a task has
+    ratings: score per task, item, category, policy, run and sample.
+    """
     counts: dict[tuple[str, str, str, int], list[int]] = defaultdict(lambda: [0, 0])
-    for path in (run.path / "samples").glob("*/*.jsonl"):
-        for row in read_jsonl(path):
-            count = counts[row["task"], row["item"], row["policy"], row["run"]]
-            count[0] += 1
-            count[1] += row["status"] == "correct"
-    if counts:
-        columns = zip(*((*key, *counts[key]) for key in sorted(counts)), strict=True)
-        names = ("task", "item", "policy", "run", "n", "correct")
-        write_table(run.path / "items.parquet", dict(zip(names, columns, strict=True)))
+    ratings = []
+    for _, task, entry, policy in recorded_tasks(run):
+        reported = next(iter(graders_of(entry)), "")
+        for row in graded_samples(run.path, policy, task, graders_of(entry)):
+            if (verdict := row["verdicts"].get(reported)) is None:
+                continue
+            if entry["metric"] == "accuracy":
+                count = counts[task, row["item"], policy, row["run"]]
+                count[0] += 1
+                count[1] += verdict["status"] == "correct"
+            elif verdict["status"] == "rated":
+                ratings.append(
+                    (task, row["item"], row["category"], policy, row["run"], row["sample"], verdict["score"])
+                )
+    write_rows(
+        run.path / "items.parquet",
+        ("task", "item", "policy", "run", "n", "correct"),
+        [(*key, *counts[key]) for key in sorted(counts)],
+    )
+    names = ("task", "item", "category", "policy", "run", "sample", "score")
+    write_rows(run.path / "ratings.parquet", names, sorted(ratings))
+
+
+def write_rows(path: Path, names: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Writes rows as a table, if there are any."""
+    if rows:
+        write_table(path, dict(zip(names, zip(*rows, strict=True), strict=True)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
 
 
 def summarize(
-    run: RunDir, policy: str, task: Task, items: Sequence[Item], protocol: Protocol, spent: Throughput
+    run: RunDir,
+    suite: str,
+    task: str,
+    policy: str,
+    items: Collection[str] | None = None,
+    spent: Throughput | None = None,
 ) -> TaskResult:
-    """The result over these items, from the log."""
-    wanted = {item.id for item in items}
-    rows = [row for row in read_jsonl(log_path(run, policy, task)) if row["item"] in wanted]
-    correct = dict.fromkeys(wanted, 0)
-    for row in rows:
-        correct[row["item"]] += row["status"] == "correct"
-    n = protocol.samples
+    """The result of a policy on a task over these items (default: all that the log has), from the records alone."""
+    about = run.manifest["eval"][suite]
+    entry, protocol = about["tasks"][task], about["protocol"]
+    graders = graders_of(entry)
+    rows = graded_samples(run.path, policy, task, graders)
+    if items is not None:
+        rows = [row for row in rows if row["item"] in items]
+    number = len({row["item"] for row in rows} if items is None else items)
+    reported = next(iter(graders), "")
+    graded = [row for row in rows if reported in row["verdicts"]]
+    statuses = [row["verdicts"][reported]["status"] for row in graded]
+    is_rating = entry.get("metric") == "rating"
+    counts = [] if is_rating else counts_of(graded, reported)
+    ratings = ratings_of(graded, reported) if is_rating else {}
     lengths = [row["tokens"] for row in rows if row["tokens"] is not None]
     return TaskResult(
         policy=policy,
-        task=task.name,
-        items=len(items),
-        accuracy=accuracy_interval([(n, c) for c in correct.values()]),
-        pass_at={k: fmean(pass_at_k(n, c, k) for c in correct.values()) for k in PASS_AT if k <= n},
-        truncated=fmean(row["finish_reason"] == "length" for row in rows),
-        no_answer=fmean(row["status"] == "no_answer" for row in rows),
+        suite=suite,
+        task=task,
+        metric="rating" if is_rating else "accuracy",
+        items=number,
+        score=ratings.get("all") if is_rating else accuracy_interval(counts) if counts else None,
+        pass_at=pass_at(counts),
+        others={} if is_rating else {name: agreement(graded, reported, name) for name in list(graders)[1:] if graded},
+        ratings={category: rating for category, rating in ratings.items() if category != "all"},
+        truncated=share(row["finish_reason"] == "length" for row in rows),
+        no_answer=share(status == "no_answer" for status in statuses),
         repetitive=sum(row["finish_reason"] == "repetition" for row in rows),
-        ungraded=sum(row["status"] in ("timeout", "error") for row in rows),
+        ungraded=sum(status in ("timeout", "error") for status in statuses),
+        pending=len(rows) - len(graded),
+        missing=number * protocol["runs"] * protocol["samples_per_run"] - len(rows),
         no_room=len({row["item"] for row in rows if row["max_tokens"] == 0}),
-        less_room=len({row["item"] for row in rows if 0 < (row["max_tokens"] or 0) < protocol.max_tokens}),
+        less_room=len({row["item"] for row in rows if 0 < (row["max_tokens"] or 0) < protocol.get("max_tokens", 0)}),
         tokens=fmean(lengths) if lengths else None,
-        tokens_per_second=spent.tokens_per_second,
+        tokens_per_second=spent.tokens_per_second if spent is not None else None,
     )
 
 
-def print_results(run: RunDir, suite: Suite, protocol: Protocol, origin: str, evaluation: Evaluation) -> None:
-    """The summary of one suite: a table, what deserves a remark, what is missing, and the files.
+def counts_of(graded: Sequence[Row], grader: str) -> list[tuple[int, int]]:
+    """Per item the samples that the grader has spoken of, and the correct ones."""
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for row in graded:
+        counts[row["item"]][0] += 1
+        counts[row["item"]][1] += row["verdicts"][grader]["status"] == "correct"
+    return [(n, correct) for n, correct in counts.values()]
 
-    `origin` says where the samples come from.
-    """
-    order = list(suite.tasks)
-    results = sorted(evaluation.results, key=lambda result: order.index(result.task))
-    print(f"\n{suite.name}: {protocol.runs} x {protocol.samples_per_run} samples an item, {origin}")
-    if results:
-        ks = [k for k in PASS_AT if 1 < k <= protocol.samples]
-        pass_at = [f"pass@{k}" for k in ks]
-        header = ["task", "policy", "items", "pass@1 [95%]", *pass_at, "cut off", "no answer", "tokens", "tokens/s"]
-        print_table([header, *(cells_of(result, ks) for result in results)])
-        graders = {"{name} {version}".format(**suite.tasks[result.task].grader) for result in results}
-        print(
-            "pass@1 is the mean accuracy of the runs, pass@k the unbiased estimate from all samples of an item;"
-            f" graded by {', '.join(sorted(graders))}"
-        )
+
+def pass_at(counts: Sequence[tuple[int, int]]) -> dict[int, float]:
+    """Mean pass@k over the items, for every k that all of them have samples for."""
+    least = min((n for n, _ in counts), default=0)
+    return {k: fmean(pass_at_k(n, correct, k) for n, correct in counts) for k in PASS_AT if k <= least}
+
+
+def agreement(graded: Sequence[Row], reported: str, other: str) -> tuple[float, int]:
+    """The accuracy by another grader, mean over items, and on how many samples it differs from the reported one."""
+    both = [row for row in graded if other in row["verdicts"]]
+    differ = sum(
+        (row["verdicts"][other]["status"] == "correct") != (row["verdicts"][reported]["status"] == "correct")
+        for row in both
+    )
+    return share_by_item(both, other), differ
+
+
+def share_by_item(graded: Sequence[Row], grader: str) -> float:
+    """Mean accuracy over items; 0 for none."""
+    counts = counts_of(graded, grader)
+    return fmean(correct / n for n, correct in counts) if counts else 0.0
+
+
+def ratings_of(graded: Sequence[Row], grader: str) -> dict[str, Interval]:
+    """Mean rating by category, and 'all' over all, with intervals over the questions that the turns belong to."""
+    sums: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
+    for row in graded:
+        verdict = row["verdicts"][grader]
+        if verdict["status"] == "rated":
+            question = row["item"].rpartition("-")[0]
+            for category in (row["category"], "all"):
+                sums[category][question][0] += 1
+                sums[category][question][1] += verdict["score"]
+    return {category: clustered_mean(*zip(*questions.values(), strict=True)) for category, questions in sums.items()}
+
+
+def share(flags: Iterator[bool]) -> float:
+    """The share of true ones; 0 where there are none."""
+    values = list(flags)
+    return fmean(values) if values else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For people
+
+
+def print_results(run: RunDir, suite: str, origin: str, results: Sequence[TaskResult]) -> None:
+    """The summary of one suite: a table, its graders, and what deserves a remark. `origin`: how it was sampled."""
+    about = run.manifest["eval"][suite]
+    protocol, entries = about["protocol"], about["tasks"]
+    print(f"\n{suite}: {protocol['runs']} x {protocol['samples_per_run']} samples an item, {origin}")
+    ks = sorted({k for result in results for k in result.pass_at if k > 1})
+    pass_columns = [f"pass@{k}" for k in ks]
+    header = ["task", "policy", "items", "score [95%]", *pass_columns, "cut off", "no answer", "tokens", "tokens/s"]
+    print_table([header, *(cells_of(result, ks) for result in results)])
+    if any(result.metric == "accuracy" for result in results):
+        print("score: mean accuracy of the runs (pass@1) in %; pass@k: unbiased estimate from all samples of an item")
+    if any(result.metric == "rating" for result in results):
+        print("score: mean rating by the judge, 1 to 10")
+    for task in dict.fromkeys(result.task for result in results):
+        print(f"{task}: {grader_line(entries[task])}")
     for result in results:
         for remark in remarks(result, protocol):
             print(f"{result.task}, {result.policy}: {remark}")
-    for name, reason in evaluation.missing.items():
-        print(f"not evaluated: {name}: {reason}")
-    if results:
-        print(f"wrote {run.path}/samples/<policy>/<task>.jsonl, {run.path}/items.parquet, {run.path}/manifest.json")
 
 
 def cells_of(result: TaskResult, ks: Sequence[int]) -> list[str]:
     """A result as a row of the table, in percent."""
-    low, high = 100 * result.accuracy.low, 100 * result.accuracy.high
     return [
         result.task,
         result.policy,
         str(result.items),
-        f"{100 * result.accuracy.estimate:.1f} [{low:.1f}, {high:.1f}]",
-        *(f"{100 * result.pass_at[k]:.1f}" for k in ks),
+        "-" if result.score is None else interval(result.score, result.metric),
+        *(f"{100 * result.pass_at[k]:.1f}" if k in result.pass_at else "-" for k in ks),
         f"{result.truncated:.1%}",
         f"{result.no_answer:.1%}",
         *("-" if number is None else f"{number:.0f}" for number in (result.tokens, result.tokens_per_second)),
     ]
 
 
-def remarks(result: TaskResult, protocol: Protocol) -> Iterator[str]:
+def interval(value: Interval, metric: str) -> str:
+    """An estimate and its interval: an accuracy in percent, a rating as it is."""
+    scale, digits = (1, 2) if metric == "rating" else (100, 1)
+    estimate, low, high = (f"{scale * number:.{digits}f}" for number in (value.estimate, value.low, value.high))
+    return f"{estimate} [{low}, {high}]"
+
+
+def grader_line(entry: Row) -> str:
+    """Who graded a task, and how far that grader can be trusted."""
+    graders = "; ".join(f"{name} ({version})" for name, version in graders_of(entry).items())
+    words = [f"graded by {graders or 'nobody yet'}"]
+    for kind, tally in entry.get("self_check", {}).get("kinds", {}).items():
+        right, wrong = tally["right"], tally["wrong"]
+        found = [f"{tally['accepted']} of {right} right ones accepted"] * bool(right)
+        found += [f"{tally['passed']} of {wrong} wrong ones accepted"] * bool(wrong)
+        found += [f"mistaken: {', '.join(tally['mistaken'][:SHOWN])}"] * bool(tally["mistaken"])
+        words.append(f"{kind} answers: {', '.join(found)}")
+    return "; ".join(words)
+
+
+def remarks(result: TaskResult, protocol: Row) -> Iterator[str]:
     """What a reader of the numbers should know."""
+    for name, (accuracy, differ) in result.others.items():
+        yield f"{100 * accuracy:.1f} by {name}, which differs on {differ} samples"
+    for category, value in result.ratings.items():
+        yield f"{category} {interval(value, result.metric)}"
+    if result.missing:
+        yield f"{result.missing} samples are not there yet; generate goes on with them"
+    if result.pending:
+        yield f"{result.pending} samples are not graded yet, and are in no number here; grade goes on with them"
     if result.no_room:
         yield f"{result.no_room} prompts fill the model's window; they count as not answered"
     if result.less_room:
-        yield f"{result.less_room} prompts leave the model's window less room than {protocol.max_tokens} tokens"
+        yield f"{result.less_room} prompts leave the model's window less room than {protocol['max_tokens']} tokens"
     if result.repetitive:
         yield f"{result.repetitive} completions were ended because they repeated themselves"
-    if result.ungraded:
+    if result.ungraded and result.metric == "rating":
+        yield f"{result.ungraded} answers have no rating (status error); they are in no mean"
+    elif result.ungraded:
         yield f"{result.ungraded} answers could not be graded (status timeout or error); they count as wrong"
 
 
-def print_table(table: Sequence[Sequence[str]]) -> None:
-    """Prints rows of cells, the first two columns to the left, numbers to the right."""
-    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
-    for cells in table:
-        sized = [
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        print("  ".join(sized).rstrip())
+def print_disagreements(run: RunDir, suite: str, results: Sequence[TaskResult]) -> None:
+    """Every sample on which another grader differs from the reported one."""
+    for result in results:
+        graders = graders_of(run.manifest["eval"][suite]["tasks"][result.task])
+        for row in graded_samples(run.path, result.policy, result.task, graders):
+            statuses = {name: verdict["status"] for name, verdict in row["verdicts"].items()}
+            if len({status == "correct" for status in statuses.values()}) > 1:
+                said = ", ".join(f"{name} {status}" for name, status in statuses.items())
+                extracted = next(iter(row["verdicts"].values()))["extracted"]
+                where = f"{result.task}, {result.policy}, item {row['item']}, run {row['run']}, sample {row['sample']}"
+                print(f"{where}: {said}; answer {extracted!r:.80}, gold {row['gold']!r:.80}")

@@ -1,7 +1,7 @@
 """Prompts to samples to records, in batches that a killed run can continue from.
 
-A batch goes to the engine in one call; it is cut into units of whole items, and a unit is graded and appended to the
-log as a whole once all its samples are there. What is gone of the log is sampled again by units. Two plans:
+A batch goes to the engine in one call; it is cut into units of whole items, and a unit is appended to the log as a
+whole once all its samples are there. What is gone of the log is sampled again by units. Two plans:
 
 * hf in this process: batches of a fixed number of items in file order, each one unit. A matrix product's last bits
   depend on what else is in the batch; this way the engine sees the same batches whether or not the run was
@@ -9,6 +9,8 @@ log as a whole once all its samples are there. What is gone of the log is sample
 * Engines that keep their rows full by themselves (vllm, a server, several workers): one batch of all that is missing,
   each item a unit, in the order in which they are completed. Batches that each wait for their longest response would
   leave such an engine nearly idle most of the time; a kill loses only the items that were not complete.
+
+Items that continue a conversation, and items of another temperature, have batches of their own.
 """
 
 from __future__ import annotations
@@ -16,27 +18,38 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from evals.conversations import Conversations, rounds
 from evals.suites import Protocol
 from evals.tasks import Item, Task
 from gift.cli import UserError
-from gift.data import encode_prompt
+from gift.data import Example, encode_prompt
 from gift.generation import Engine, Request, Sample, completion_text, sample_seed
+from gift.generation.follower import Follower
 from gift.generation.replay import ReplayEngine, StoredSample
 from gift.records import JsonlLog, read_jsonl
-from gift.rewards import Verdict
+from gift.samples import SAMPLE_KEY
 
-Batch = Sequence[Sequence[Item]]
-"""What the engine is given at once, in units that are recorded together."""
-KEY = ("item", "run", "sample")
 EMPTY = Sample(token_ids=[], finish_reason="length", logps=[])  # what a prompt that fills the model's window gets
-NO_ANSWER = Verdict(0.0, "no_answer", None, None)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the engine is given at once, in units that are recorded together."""
+
+    units: Sequence[Sequence[Item]]
+    temperature: float
+
+    @property
+    def items(self) -> list[Item]:
+        """The items of all units."""
+        return [item for unit in self.units for item in unit]
 
 
 @dataclass
@@ -75,43 +88,53 @@ class Sampler:
     """
 
     policy: str
-    engine: Engine
+    engine: Engine | Follower
     tokenizer: PreTrainedTokenizerBase | None
     protocol: Protocol
     seed: int
 
-    def run(self, task: Task, batches: Sequence[Batch], path: Path, bar: tqdm) -> Throughput:
-        """Samples and grades these batches and appends them to the log at `path`, one write a unit."""
+    def run(self, task: Task, items: Sequence[Item], batches: Sequence[Batch], path: Path, bar: tqdm) -> Throughput:
+        """Samples these batches, made of a task's `items`, and appends them to the log at `path`, one write a unit."""
         spent = Throughput()
-        with JsonlLog(path, KEY) as log:
+        with JsonlLog(path, SAMPLE_KEY) as log:
+            conversations = Conversations(items, self.protocol.system, log.rows)
             for batch in batches:
-                units = [[slot for item in unit for slot in self.slots(task, item)] for unit in batch]
-                for slots, samples in self.generate(units, spent, bar):
-                    texts = [self.text(sample) for sample in samples]
-                    graded = zip(slots, samples, texts, grade(task, slots, texts), strict=True)
-                    log.append(self.record(task, *sample) for sample in graded)
+                units = [
+                    [slot for item in unit for slot in self.slots(task, item, conversations)] for unit in batch.units
+                ]
+                for slots, samples in self.generate(units, batch.temperature, spent, bar):
+                    rows = [self.record(task, *sampled) for sampled in zip(slots, samples, strict=True)]
+                    log.append(rows)
+                    conversations.note(rows)
         return spent
 
-    def slots(self, task: Task, item: Item) -> list[Slot]:
+    def slots(self, task: Task, item: Item, conversations: Conversations) -> list[Slot]:
         """All samples of an item, in the log's order. Each may be as long as the protocol and the window allow."""
-        ids: tuple[int, ...] = ()
-        room = None
-        if self.tokenizer is not None:
-            ids = tuple(encode_prompt(self.tokenizer, item.prompt))
-            room = max(0, min(self.protocol.max_tokens, self.engine.model_window - len(ids)))
         slots = []
         for _, run, sample in keys_of(item, self.protocol):
+            ids: tuple[int, ...] = ()
+            room = None
+            if self.tokenizer is not None:
+                ids = self.encode(item, conversations, run, sample)
+                room = max(0, min(self.protocol.max_tokens, self.engine.model_window - len(ids)))
             key = (task.name, item.id, run, sample)
             slots.append(Slot(item, run, sample, Request(ids, sample_seed(self.seed, *key), room, key)))
         return slots
 
+    def encode(self, item: Item, conversations: Conversations, run: int, sample: int) -> tuple[int, ...]:
+        """Token ids of the conversation up to the model's turn. One user turn needs no chat template, more turns do."""
+        assert self.tokenizer is not None
+        messages = conversations.messages(item, run, sample)
+        turns = tuple((message["role"], message["content"]) for message in messages)
+        asked = Example(item.id, item.prompt, "", "", turns if len(turns) > 1 else ())
+        return tuple(encode_prompt(self.tokenizer, asked))
+
     def generate(
-        self, units: Sequence[Sequence[Slot]], spent: Throughput, bar: tqdm
+        self, units: Sequence[Sequence[Slot]], temperature: float, spent: Throughput, bar: tqdm
     ) -> Iterator[tuple[Sequence[Slot], list[Sample]]]:
         """The units, each with its samples in order, as they are completed; adds to `spent`.
 
-        A slot without room is EMPTY. The seconds are those until the last sample, grading in between included: engines
-        that are given several units at once sample on meanwhile.
+        A slot without room is EMPTY. The seconds are those until the last sample.
         """
         asked = [(unit, slot) for unit, slots in enumerate(units) for slot in slots if slot.has_room]
         found: list[dict[tuple[Any, ...], Sample]] = [
@@ -130,7 +153,8 @@ class Sampler:
             return
         started = time.perf_counter()
         requests = [slot.request for _, slot in asked]
-        for number, sample in self.engine.stream(requests, self.protocol.sampling):
+        params = replace(self.protocol.sampling, temperature=temperature)
+        for number, sample in self.engine.stream(requests, params):
             unit, slot = asked[number]
             found[unit][slot.request.key] = sample
             spent.tokens += len(sample.token_ids)
@@ -147,8 +171,8 @@ class Sampler:
             return sample.text
         return completion_text(self.tokenizer, sample)
 
-    def record(self, task: Task, slot: Slot, sample: Sample, text: str, verdict: Verdict) -> dict[str, Any]:
-        """The log's line for a graded sample. `tokens` counts what was generated, the end token included.
+    def record(self, task: Task, slot: Slot, sample: Sample) -> dict[str, Any]:
+        """The log's line for a sample. `tokens` counts what was generated, the end token included.
 
         Of a stored generation neither seed nor limit are known here, and its tokens only if it came with their number.
         """
@@ -161,29 +185,14 @@ class Sampler:
             "sample": slot.sample,
             "seed": None if is_stored else slot.request.seed,
             "prompt": slot.item.prompt,
-            "completion": text,
+            "completion": self.text(sample),
             "tokens": sample.tokens if isinstance(sample, StoredSample) else len(sample.token_ids),
             "finish_reason": sample.finish_reason,
             "stop_reason": sample.stop_reason,
             "max_tokens": slot.request.max_tokens,
             "gold": slot.item.gold,
-            "extracted": verdict.extracted,
-            "status": verdict.status,
-            "score": verdict.score,
-            "method": verdict.method,
+            "category": slot.item.category,
         }
-
-
-def grade(task: Task, slots: Sequence[Slot], texts: Sequence[str]) -> list[Verdict]:
-    """One verdict per slot; one that had no room for a response is NO_ANSWER without asking the grader."""
-    had_room = [slot.has_room for slot in slots]
-    verdicts = iter(
-        task.grade(
-            [text for text, room in zip(texts, had_room, strict=True) if room],
-            [slot.item for slot, room in zip(slots, had_room, strict=True) if room],
-        )
-    )
-    return [next(verdicts) if room else NO_ANSWER for room in had_room]
 
 
 def keys_of(item: Item, protocol: Protocol) -> list[tuple[str, int, int]]:
@@ -192,23 +201,31 @@ def keys_of(item: Item, protocol: Protocol) -> list[tuple[str, int, int]]:
 
 
 def pending_batches(path: Path, items: Sequence[Item], protocol: Protocol, batch_size: int | None) -> list[Batch]:
-    """The batches with anything in them that the log lacks.
+    """The batches with anything in them that the log lacks, those of later turns after those of earlier ones.
 
     With a batch size: whole items, together at most that many samples where an item has no more, as one unit. Where
     batches begin depends on nothing but the protocol and the batch size, so that more items only add batches. Without:
-    one batch of the items that are not complete, each a unit of its own.
+    the items that are not complete, each a unit of its own.
     """
-    there = {tuple(row[name] for name in KEY) for row in read_jsonl(path)}
+    there = {tuple(row[name] for name in SAMPLE_KEY) for row in read_jsonl(path)}
 
     def complete(unit: Sequence[Item]) -> bool:
         return all(there.issuperset(keys_of(item, protocol)) for item in unit)
 
-    if batch_size is None:
-        missing = [[item] for item in items if not complete([item])]
-        return [missing] if missing else []
-    size = max(1, batch_size // protocol.samples)
-    units = [items[start : start + size] for start in range(0, len(items), size)]
-    return [[unit] for unit in units if not complete(unit)]
+    batches = []
+    for alike in rounds(items):
+        by_temperature: dict[float, list[Item]] = {}
+        for item in alike:
+            by_temperature.setdefault(protocol.temperature_of(item), []).append(item)
+        for temperature, group in by_temperature.items():
+            if batch_size is None:
+                missing = [[item] for item in group if not complete([item])]
+                batches += [Batch(missing, temperature)] if missing else []
+                continue
+            size = max(1, batch_size // protocol.samples)
+            units = [group[start : start + size] for start in range(0, len(group), size)]
+            batches += [Batch([unit], temperature) for unit in units if not complete(unit)]
+    return batches
 
 
 def check_stored(engine: ReplayEngine, task: Task, items: Sequence[Item], protocol: Protocol) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
-from evals.tasks import Task, math, nano
+import yaml
+
+from evals.tasks import Item, Task, TaskData, chat, choice, code, math, nano
 from gift.cli import UserError, nearest
 from gift.generation import RepetitionGuard, SamplingParams
+from gift.recipe import build
 
 Named = TypeVar("Named")
 
@@ -32,6 +36,12 @@ class Protocol:
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
     repetition_guard: RepetitionGuard | None = None
+    temperatures: dict[str, float] = field(default_factory=dict)
+    """Other temperatures than `temperature`, by the item's category."""
+    system: str | None = None
+    """A system prompt, before the first turn."""
+    prompts: dict[str, str] = field(default_factory=dict)
+    """Templates of the user turn in place of the tasks' own, by task or by group of tasks."""
 
     @property
     def samples(self) -> int:
@@ -44,11 +54,18 @@ class Protocol:
         names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "repetition_guard")
         return SamplingParams(**{name: getattr(self, name) for name in names})
 
+    def temperature_of(self, item: Item) -> float:
+        """At which temperature an item is sampled."""
+        return self.temperatures.get(item.category, self.temperature)
+
     def check(self) -> None:
         """Raises UserError naming a setting that makes no sense."""
         for name in ("runs", "samples_per_run"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give at least 1")
+        for category, temperature in self.temperatures.items():
+            if temperature < 0:
+                raise UserError(f"temperatures.{category} is {temperature:g}; give 0 or more")
         if self.sampling.temperature == 0 and self.samples > 1:
             raise UserError(
                 f"greedy decoding gives the same completion {self.samples} times;"
@@ -56,8 +73,8 @@ class Protocol:
             )
 
     def recorded(self) -> dict[str, Any]:
-        """Every setting but the name, as a manifest holds it."""
-        settings = {name: value for name, value in asdict(self).items() if name != "name"}
+        """Every setting but its name, as a manifest holds it; the templates are recorded with the tasks."""
+        settings = {name: value for name, value in asdict(self).items() if name not in ("name", "prompts")}
         return {**settings, "stop": list(self.stop)}
 
     def described(self) -> str:
@@ -65,12 +82,17 @@ class Protocol:
         words = [f"temperature {self.temperature:g}", f"top-p {self.top_p:g}", f"at most {self.max_tokens} tokens"]
         words += [f"top-k {self.top_k}"] * bool(self.top_k) + [f"min-p {self.min_p:g}"] * bool(self.min_p)
         words += [f"stop {text!r}" for text in self.stop]
+        words += [f"temperature {value:g} for {category}" for category, value in self.temperatures.items()]
+        words += [f"system prompt {self.system!r}"] * bool(self.system)
         if (guard := self.repetition_guard) is not None:
             words.append(f"ended after {guard.count} copies of a pattern of up to {guard.max_pattern} tokens")
         return ", ".join(words)
 
 
-UNRECORDED = {entry.name: entry.default for entry in fields(Protocol) if entry.default is not MISSING} | {"stop": []}
+UNRECORDED = {entry.name: entry.default for entry in fields(Protocol) if entry.default is not MISSING} | {
+    "stop": [],
+    "temperatures": {},
+}
 """What a manifest that lacks these settings was sampled with."""
 
 PROTOCOLS = {
@@ -78,35 +100,144 @@ PROTOCOLS = {
     for protocol in (
         # Section 4.1 and Appendix E.3; top_p is not stated there
         Protocol("paper", temperature=0.6, top_p=1.0, max_tokens=8192, runs=4, samples_per_run=1),
+        # Table 3 takes k up to 8, and AIME on Llama 32
+        Protocol("passk", temperature=0.6, top_p=1.0, max_tokens=8192, runs=4, samples_per_run=8),
         Protocol("greedy", temperature=0.0, top_p=1.0, max_tokens=8192, runs=1, samples_per_run=1),
+        # FastChat's own for MT-Bench (lm-sys/FastChat, fastchat/llm_judge): a temperature for each category
+        Protocol(
+            "fastchat",
+            temperature=0.7,
+            top_p=1.0,
+            max_tokens=1024,
+            runs=1,
+            samples_per_run=1,
+            temperatures=chat.TEMPERATURES,
+        ),
         Protocol("nano", temperature=0.6, top_p=1.0, max_tokens=128, runs=4, samples_per_run=2),
     )
 }
 
 
+def read_protocol(path: Path) -> Protocol:
+    """A protocol from a YAML file: those of its settings that differ from the `base` it names (default: paper).
+
+    Raises UserError naming the file and the key that cannot be used.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not a readable YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: a protocol is a mapping of settings to values, got {settings!r:.60}")
+    base = find(PROTOCOLS, str(settings.pop("base", "paper")), f"{path}: base")
+    return build(Protocol, {**asdict(base), "name": path.stem, **settings}, str(path))
+
+
 @dataclass(frozen=True)
 class Suite:
-    """Tasks that share a prompt template and, unless asked otherwise, a protocol and the hf engine's batch size."""
+    """Tasks that share, unless asked otherwise, a protocol and the hf engine's batch size."""
 
     name: str
     tasks: Mapping[str, Task]
-    prompt: str
     protocol: Protocol
     batch_size: int
 
     def select(self, names: Iterable[str]) -> list[Task]:
         """The tasks so named, in the suite's order; all of them for no names. Raises UserError for an unknown one."""
-        wanted = {find(self.tasks, name, f"task of suite {self.name!r}").name for name in names}
-        return [task for task in self.tasks.values() if task.name in wanted or not wanted]
+        wanted = [find(self.tasks, name, f"task of suite {self.name!r}") for name in names]
+        return [task for task in self.tasks.values() if task in wanted or not wanted]
+
+
+def chosen(tasks: Mapping[str, Task], *names: str) -> dict[str, Task]:
+    """Those of a family's tasks."""
+    return {name: tasks[name] for name in names}
+
+
+def in_suite(tasks: Mapping[str, Task], suite: str) -> dict[str, Task]:
+    """The tasks under names of their own, TASK@SUITE: a run may hold samples of both protocols."""
+    return {name: replace(task, name=f"{name}@{suite}") for name, task in tasks.items()}
 
 
 SUITES = {
     suite.name: suite
     for suite in (
-        Suite("nano", nano.TASKS, "{problem}", PROTOCOLS["nano"], batch_size=512),
-        Suite("math", math.TASKS, math.PROMPT, PROTOCOLS["paper"], batch_size=64),
+        Suite("nano", nano.TASKS, PROTOCOLS["nano"], batch_size=512),
+        Suite("math", math.TASKS, PROTOCOLS["paper"], batch_size=64),
+        Suite("code", code.TASKS, PROTOCOLS["paper"], batch_size=64),
+        Suite(
+            "ood",
+            chosen(choice.TASKS, "gpqa_diamond", "mmlu_pro", "mmlu_redux", "mmlu_redux2", "arc_challenge"),
+            PROTOCOLS["paper"],
+            batch_size=64,
+        ),
+        Suite("mtbench", chat.TASKS, PROTOCOLS["paper"], batch_size=64),
+        Suite("passk", in_suite(math.TASKS, "passk"), PROTOCOLS["passk"], batch_size=64),
     )
 }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of one suite: its tasks, how they are sampled, and from which data.
+
+    `limit` takes the first items of each task.
+    """
+
+    suite: Suite
+    protocol: Protocol
+    tasks: tuple[Task, ...]
+    seed: int = 0
+    data_dir: Path | None = None
+    limit: int | None = None
+
+    def load(self) -> Loaded:
+        """The plan with its tasks' data; a task whose data cannot be had is `missing`, with what to do."""
+        data, missing = {}, {}
+        for task in self.tasks:
+            try:
+                data[task.name] = task.load(self.data_dir)
+            except UserError as error:
+                missing[task.name] = str(error)
+        return Loaded(self, tuple(task for task in self.tasks if task.name in data), data, missing)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A plan with those of its tasks whose data could be had, and why the others could not."""
+
+    plan: Plan
+    tasks: tuple[Task, ...]
+    data: Mapping[str, TaskData]
+    missing: Mapping[str, str]
+
+    def items(self, task: Task) -> Sequence[Item]:
+        """The items of a task to evaluate."""
+        return self.data[task.name].items[: self.plan.limit]
+
+
+def plan(
+    suite: Suite,
+    protocol: Protocol | None = None,
+    *,
+    tasks: Iterable[str] = (),
+    seed: int = 0,
+    data_dir: Path | None = None,
+    limit: int | None = None,
+) -> Plan:
+    """A suite's plan: all its tasks unless some are named, its own protocol unless another is given.
+
+    Raises UserError for a task it has not, and for a protocol that makes no sense.
+    """
+    protocol = protocol or suite.protocol
+    protocol.check()
+    prompted = tuple(with_prompt(task, protocol.prompts) for task in suite.select(tasks))
+    return Plan(suite, protocol, prompted, seed, data_dir, limit)
+
+
+def with_prompt(task: Task, prompts: Mapping[str, str]) -> Task:
+    """The task with the template that `prompts` has for it, or for its group; else as it is."""
+    template = prompts.get(task.name.partition("@")[0], prompts.get(task.group))
+    return task if template is None else replace(task, prompt=template)
 
 
 def find(known: Mapping[str, Named], name: str, what: str) -> Named:

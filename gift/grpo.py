@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,10 +72,18 @@ class Scored:
         return torch.tensor(self.rollout.sample.logps) if self.rollout.sample.logps else None
 
 
+class Watch(NamedTuple):
+    """Evaluation during training: `evaluate` samples by the follower and returns what the first rank logs of a step."""
+
+    every: int
+    evaluate: Callable[[Follower, int], dict[str, Any]]
+
+
 class GRPOTrainer:
     """RL on one policy. The model is trained in place; `policy` names it in logs, `seed` decides every sample.
 
-    `follow` makes what is sampled from: by default the hf engine, computing with the policy's own module.
+    `follow` makes what is sampled from: by default the hf engine, computing with the policy's own module. `watch`
+    evaluates the policy on the way.
     """
 
     def __init__(
@@ -91,6 +99,7 @@ class GRPOTrainer:
         log: JsonlLog,
         rollout_log: JsonlLog,
         follow: Callable[[TrainingEngine, PreTrainedTokenizerBase], Follower] = follow_in_place,
+        watch: Watch | None = None,
     ) -> None:
         self.policy = policy
         self.tokenizer = tokenizer
@@ -111,6 +120,7 @@ class GRPOTrainer:
         self.generator = follow(self.engine, tokenizer)
         self.sampler = Sampler(policy, tokenizer, self.generator, settings, seed)
         self.failed = FailedPrompts(settings.relift.buffer)
+        self.watch = watch
 
     def train(
         self,
@@ -135,6 +145,7 @@ class GRPOTrainer:
             for step in range(state["step"], total):
                 if step == 0:
                     self.validate(validation, step=0)
+                    self.evaluate(0, total)
                 epoch, position = divmod(step, per_epoch)
                 order = epoch_order(len(problems), self.seed, epoch)
                 start = position * settings.batch_size
@@ -144,6 +155,7 @@ class GRPOTrainer:
                 self._record("train", done, row)
                 if settings.validate_every and (done % settings.validate_every == 0 or done == total):
                     self.validate(validation, step=done)
+                self.evaluate(done, total)
                 if done % settings.save_every == 0 and done < total:
                     self.engine.save(self.resume_dir, {"step": done, "failed": self.failed.ids})
                 bar.set_postfix_str(f"reward {row['reward_mean']:.2f}", refresh=False)
@@ -233,6 +245,13 @@ class GRPOTrainer:
         items = validation[: self.settings.validation_items]
         row = {"val_accuracy": self.sampler.accuracy(items), "val_items": len(items), "val_samples": 1}
         self._record("validation", step, row)
+
+    def evaluate(self, step: int, total: int) -> None:
+        """Logs what `watch` finds, where it is due at this step."""
+        if self.watch is not None and (step % self.watch.every == 0 or step == total):
+            row = self.watch.evaluate(self.generator, step)
+            if rank() == 0:
+                self._record("evaluation", step, row)
 
     # -----------------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diagnostics.run import measure_run
-from evals.run import engine_factory, evaluate
-from evals.suites import SUITES
+from evals.evaluation import evaluate
+from evals.periodic import Periodic
+from evals.subjects import engine_factory
+from evals.suites import SUITES, plan
 from gift import nano
 from gift.batches import Encoded, check_packing
 from gift.cli import UserError
@@ -26,7 +28,7 @@ from gift.distributed import barrier, rank
 from gift.engine import FrozenEngine, TrainingEngine
 from gift.generation.follower import Follower, follow
 from gift.generation.probe import PROBE_SEQUENCES
-from gift.grpo import GRPOTrainer
+from gift.grpo import GRPOTrainer, Watch
 from gift.lora import add_adapters
 from gift.materials import base_folder, subsets_of, tokens_of, with_template
 from gift.models import device, load_model, load_tokenizer
@@ -181,6 +183,7 @@ class Job:
                 log=log,
                 rollout_log=rollout_log,
                 follow=self._follow(name),
+                watch=self._watch(policy, tokenizer),
             )
             trainer.train(
                 self._problems(name, "rl"),
@@ -193,19 +196,17 @@ class Job:
         settings = self.recipe.eval
         missing: dict[str, str] = {}
         if rank() == 0:
-            for name in settings.suites:
-                evaluation = evaluate(
-                    self.run,
-                    [node["id"] for node in self.run.manifest["lineage"]],
-                    SUITES[name],
-                    SUITES[name].protocol,
-                    engine_for=engine_factory(self.run, self.recipe.generation, "auto"),
-                    generation=self.recipe.generation,
-                    seed=self.recipe.seed,
-                    data_dir=Path(settings.data_dir) if settings.data_dir else None,
-                    limit=settings.limit,
-                )
-                missing.update(evaluation.missing)
+            data_dir = Path(settings.data_dir) if settings.data_dir else None
+            missing = evaluate(
+                self.run,
+                [node["id"] for node in self.run.manifest["lineage"]],
+                [
+                    plan(SUITES[name], seed=self.recipe.seed, data_dir=data_dir, limit=settings.limit)
+                    for name in settings.suites
+                ],
+                engine_for=engine_factory(self.run, self.recipe.generation, "auto"),
+                generation=self.recipe.generation,
+            ).missing
         barrier()
         return "; ".join(missing.values()) or None
 
@@ -262,6 +263,23 @@ class Job:
         encoded = tokens_of("validation", some, load_tokenizer(start), self.recipe.data.max_length)
         sequences = [example.ids for example in encoded]
         return partial(follow, settings=self.recipe.generation, checkpoint=start, sequences=sequences)
+
+    def _watch(self, policy: str, tokenizer: PreTrainedTokenizerBase) -> Watch | None:
+        """Evaluation of a policy while RL trains it, where the recipe asks for it."""
+        settings = self.recipe.eval
+        if settings.every is None:
+            return None
+        data_dir = Path(settings.data_dir) if settings.data_dir else None
+        plans = []
+        for name in settings.suites if settings.every_suites is None else settings.every_suites:
+            suite = SUITES[name]
+            protocol = replace(suite.protocol, runs=settings.every_runs, samples_per_run=1)
+            tasks = [key for key, task in suite.tasks.items() if task.metric == "accuracy"]
+            limited = plan(
+                suite, protocol, tasks=tasks, seed=self.recipe.seed, data_dir=data_dir, limit=settings.every_limit
+            )
+            plans += [limited.load()] if tasks else []
+        return Watch(settings.every, Periodic(self.run.path, policy, plans, tokenizer))
 
     @contextmanager
     def _reference(self, method: str, model: PreTrainedModel) -> Iterator[OnlineReference | CachedReference | None]:

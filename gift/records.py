@@ -5,7 +5,8 @@ Layout (`runs/<name>/`):
     manifest.json                        what ran, on what, with what: recipe, lineage, data, seeds, packages, status
     metrics.jsonl                        one object per logged training step, key (policy, stage, event, step)
     checkpoints/<policy>/<stage>-<step>/ Hugging Face folders
-    samples/<policy>/<task>.jsonl        every prompt, completion and verdict, key (item, run, sample)
+    samples/<policy>/<task>.jsonl        every prompt and completion, key (item, run, sample)
+    verdicts/<policy>/<task>.jsonl       what graders said of them (see gift/samples.py)
     items.parquet                        task, item, policy, run, n, correct: what paired tests and pass@k join on
     drift/<a>..<b>.parquet               per sequence: metric, sequence, n, sum, sum_sq
 

@@ -177,7 +177,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    for suite in recipe.eval.suites:
+    for suite in (*recipe.eval.suites, *(recipe.eval.every_suites or ())):
         find(SUITES, suite, "suite")
     quiet_libraries()
     check_paths(recipe)

@@ -69,7 +69,7 @@ def examples(run: RunData, suite: Suite) -> list[Example]:
 
 def first_samples(run: RunData, policy: Policy, task: Task) -> dict[str, Mapping[str, Any]]:
     """Each item's sample of the lowest (run, sample)."""
-    rows = sorted(run.samples(policy.id, task.name), key=lambda row: (row["run"], row["sample"]))
+    rows = sorted(run.samples(policy.id, task), key=lambda row: (row["run"], row["sample"]))
     firsts: dict[str, Mapping[str, Any]] = {}
     for row in rows:
         firsts.setdefault(str(row["item"]), row)

@@ -14,6 +14,7 @@ import numpy as np
 
 from gift.cli import UserError
 from gift.records import MEND, RunDir, read_jsonl, read_table, sha256_file
+from gift.samples import graded_samples, sample_path, verdict_path
 
 Stage = Literal["base", "init", "rl"]
 Counts = dict[str, tuple[int, int]]
@@ -23,7 +24,7 @@ ITEM_COLUMNS = ("task", "item", "policy", "run", "n", "correct")
 DRIFT_COLUMNS = ("metric", "sequence", "n", "sum")
 NOT_EVALUATED = "not evaluated"
 REPORT_STEP = "report"
-SAMPLE_KEYS = ("item", "run", "sample", "prompt", "completion", "status")
+SAMPLE_KEYS = ("item", "run", "sample", "prompt", "completion")
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,13 @@ class Policy:
 
 @dataclass(frozen=True)
 class Task:
-    """One evaluated task; `items` is how many a complete evaluation has."""
+    """One evaluated task; `items` is how many a complete evaluation has, `graders` name to version, the reported first."""
 
     name: str
     label: str
     group: str
     items: int
+    graders: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -147,18 +149,22 @@ class RunData:
         rows = [row for row in rows if all(isinstance(row.get(key), int | float) for key in ("step", *needed))]
         return sorted(rows, key=lambda row: row["step"])
 
-    def samples(self, policy: str, task: str) -> list[dict[str, Any]]:
-        """The samples of a policy on a task; [] where none were written. Raises UserError for an incomplete row."""
-        file = self.path / "samples" / policy / f"{task}.jsonl"
-        if not file.exists():
-            return []
-        self.files[file.relative_to(self.path).as_posix()] = sha256_file(file)
-        rows = read_jsonl(file)
-        for number, row in enumerate(rows, start=1):
+    def samples(self, policy: str, task: Task) -> list[dict[str, Any]]:
+        """The graded samples of a policy on a task, each with the fields of the reported grader's verdict.
+
+        Raises UserError for an incomplete row.
+        """
+        file, verdicts = sample_path(self.path, policy, task.name), verdict_path(self.path, policy, task.name)
+        for read in (file, verdicts):
+            if read.exists():
+                self.files[read.relative_to(self.path).as_posix()] = sha256_file(read)
+        for number, row in enumerate(read_jsonl(file), start=1):
             absent = [key for key in SAMPLE_KEYS if key not in row]
             if absent:
                 raise UserError(f"{file}:{number}: a sample without {absent[0]!r}; evaluate this policy again")
-        return rows
+        reported = next(iter(task.graders), "")
+        rows = graded_samples(self.path, policy, task.name, task.graders)
+        return [{**row, **row["verdicts"][reported]} for row in rows if reported in row["verdicts"]]
 
 
 def load_run(path: Path) -> RunData:
@@ -224,13 +230,21 @@ def read_suite(path: Path, name: str, entry: Any) -> Suite:
             runs=int(protocol["runs"]),
             samples_per_run=int(protocol["samples_per_run"]),
             protocol=protocol,
-            tasks=tuple(
-                Task(task, str(about.get("label") or task), str(about.get("group") or name), int(about["items"]))
-                for task, about in tasks.items()
-            ),
+            tasks=tuple(read_task(name, task, about) for task, about in tasks.items() if is_accuracy(about)),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         damaged(path, f"suite {name!r} of 'eval' is incomplete ({type(error).__name__}: {error})")
+
+
+def is_accuracy(about: Mapping[str, Any]) -> bool:
+    """Whether a task's verdicts are right or wrong; marks are in ratings.parquet, which no report shows yet."""
+    return about.get("metric", "accuracy") == "accuracy"
+
+
+def read_task(suite: str, name: str, about: Mapping[str, Any]) -> Task:
+    """A task of a suite."""
+    label, group = str(about.get("label") or name), str(about.get("group") or suite)
+    return Task(name, label, group, int(about["items"]), dict(about.get("graders", {})))
 
 
 def read_columns(file: Path, names: Sequence[str]) -> list[list[Any]]:

@@ -90,8 +90,8 @@ def protocol_tables(manifest: Mapping[str, Any]) -> Iterator[Table]:
         )
         rows = []
         for task, entry in about["tasks"].items():
-            source, grader = entry.get("source") or {}, entry.get("grader") or {}
-            graded = " ".join(str(part) for part in (grader.get("name"), grader.get("version")) if part)
+            source, graders = entry.get("source") or {}, entry.get("graders") or {}
+            graded = ", ".join(f"{name}: {version}" for name, version in graders.items())
             names = (entry.get("label"), entry.get("group"), entry.get("items"))
             rows.append((task, *names, source.get("name"), source.get("revision"), source.get("sha256"), graded))
         header = ("Task", "Label", "Group", "Items", "Source", "Revision", "sha256", "Grader")

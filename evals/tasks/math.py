@@ -7,18 +7,20 @@ templates in its authors' repository (zzy1127/GIFT, utils/chat_template.py) and 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from evals.tasks import Item, Task, TaskData
+from evals.source import Row, Source, check_ids, column, present
+from evals.tasks import Answer, Check, Grades, Item, Task, TaskData, gold_checks, single_turn
 from gift.cli import UserError
 from gift.data import read_rows
-from gift.models import first_line
-from gift.records import sha256_file, sha256_json
+from gift.rewards import GRADER_NAME, GRADER_VERSION, Mode, grade_math_modes
 
 PROMPT = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+MODES: tuple[Mode, ...] = ("strict", "paper")  # the first is the reported one
+CHUNK = 64  # answers per call of the grader: what a kill can lose
 
 
 def after_hashes(solution: str) -> str:
@@ -27,49 +29,84 @@ def after_hashes(solution: str) -> str:
 
 
 @dataclass(frozen=True)
-class MathTask(Task):
-    """A math benchmark: its Hub dataset, and the columns that hold it there or in the file, the first present wins."""
+class BoxedTask(Task):
+    """A task whose final answer the math grader compares with the gold one, in its strict mode and in the paper's."""
 
-    hub: str
-    config: str | None
-    split: str
+    @property
+    def graders(self) -> Mapping[str, str]:
+        """The math grader's modes."""
+        return dict.fromkeys(MODES, f"{GRADER_NAME} {GRADER_VERSION}")
+
+    def grade(self, answers: Sequence[Answer]) -> Iterator[tuple[int, Grades]]:
+        """A verdict in each mode per answer, in order, CHUNK answers at a time."""
+        for start in range(0, len(answers), CHUNK):
+            chunk = answers[start : start + CHUNK]
+            graded = grade_math_modes([each.response for each in chunk], [each.item.gold for each in chunk], MODES)
+            yield from enumerate(graded, start)
+
+    def checks(self, items: Sequence[Item]) -> Sequence[Check]:
+        """The gold answers in a box, the same with another value, and the labelled responses of `labelled/math.jsonl`.
+
+        In the mode 'paper', an integer of 10,000 or more that is one too large is right: that is within its tolerance.
+        """
+        right = [in_box(item.gold) for item in items]
+        wrong = [in_box(another_value(item.gold)) for item in items]
+        return [*gold_checks(items, right, wrong), *labelled_checks()]
+
+
+def in_box(answer: str) -> str:
+    """An answer as the prompt asks for it."""
+    return f"Therefore, the answer is $\\boxed{{{answer}}}$."
+
+
+def another_value(gold: str) -> str:
+    """An answer of the same form that is certainly wrong: the first whole number in it is one more.
+
+    An answer without digits gives way to a number that no such answer is.
+    """
+    integer = re.compile(r"[0-9]+(?:,(?:\\!)?[0-9]{3}(?![0-9]))*")
+    if integer.search(gold) is None:
+        return "-97"
+    sign = -1 if re.fullmatch(rf"\$?-{integer.pattern}\$?", gold) else 1
+    return integer.sub(lambda digits: str(abs(sign * int(re.sub(r"[^0-9]", "", digits[0])) + 1)), gold, count=1)
+
+
+def labelled_checks() -> list[Check]:
+    """Responses written for this project and judged by hand: every form of answer, and what a grader stumbles over."""
+    path = Path(__file__).with_name("labelled") / "math.jsonl"
+    return [
+        Check(
+            single_turn(Item(f"labelled-{number}", "", row["gold"], row["form"]), row["response"]),
+            row["correct"],
+            "labelled",
+        )
+        for number, row in enumerate(read_rows(path), 1)
+    ]
+
+
+@dataclass(frozen=True)
+class MathTask(BoxedTask):
+    """A math benchmark: its source, and the columns that hold it there, the first present wins."""
+
+    source: Source = field(kw_only=True)
     problem: tuple[str, ...] = ("problem",)
     answer: tuple[str, ...] = ("answer",)
     id: tuple[str, ...] = ("id",)
     extract: Callable[[str], str] = str.strip
 
     @property
-    def file(self) -> str:
-        """The benchmark's file, relative to the data folder."""
-        return f"{self.name}/test.jsonl"
-
-    @property
     def origin(self) -> str:
         """Where `load` looks, for people."""
-        return f"DATA_DIR/{self.file}, or {self.hub} ({self.split}) on the Hub"
+        return self.source.origin
 
     def load(self, data_dir: Path | None) -> TaskData:
-        """All problems of the file, or of the Hub dataset if `data_dir` is None. Ids are the rows' own, or numbers."""
-        if data_dir is None:
-            rows, source = self._hub_rows()
-            where = f"{self.hub} ({self.split}), row "
-        else:
-            path = data_dir / self.file
-            if not path.is_file():
-                raise UserError(f"{path}: no such file; put the {self.label} test set there (Hub: {self.hub})")
-            rows = list(read_rows(path))
-            source = {"name": self.file, "revision": None, "sha256": sha256_file(path), "rows": len(rows)}
-            where = f"{path}:"
-        if not rows:
-            raise UserError(f"{source['name']}: no rows; get the {self.label} test set again (Hub: {self.hub})")
-        items = tuple(self._item(row, index, f"{where}{index + 1}") for index, row in enumerate(rows))
-        first_with: dict[str, int] = {}
-        for number, item in enumerate(items, start=1):
-            if first_with.setdefault(item.id, number) != number:
-                raise UserError(f"{where}{number}: id {item.id!r} is already that of row {first_with[item.id]}")
-        return TaskData(items, source)
+        """All problems. Ids are the rows' own, or numbers."""
+        found = self.source.load(data_dir)
+        items = tuple(self._item(*each) for each in zip(found.rows, range(len(found.rows)), found.names, strict=True))
+        check_ids([item.id for item in items], found.names)
+        return TaskData(items, found.source)
 
-    def _item(self, row: Mapping[str, Any], index: int, where: str) -> Item:
+    def _item(self, row: Row, index: int, where: str) -> Item:
         problem = column(row, self.problem, where)
         gold = self.extract(column(row, self.answer, where))
         if not gold:
@@ -77,50 +114,15 @@ class MathTask(Task):
         own_id = present(row, self.id)
         return Item(
             id=f"{self.name}-{index}" if own_id is None else str(row[own_id]),
-            prompt=PROMPT.replace("{problem}", problem),
+            prompt=self.prompt.replace("{problem}", problem),
             gold=gold,
+            category=str(row.get("subject", "")),
         )
 
-    def _hub_rows(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Every row of the Hub dataset, and its source with the commit it was read at (None where that is unknown)."""
-        instead = f"put its test set at DIR/{self.file} and give --data-dir DIR"
-        try:
-            import datasets
-        except ImportError:
-            raise UserError(
-                f"{self.label}: reading {self.hub} from the Hub needs the `datasets` package:"
-                f" pip install 'gift-suite[hub]', or {instead}"
-            ) from None
-        try:
-            dataset = datasets.load_dataset(self.hub, self.config, split=self.split)
-        except Exception as error:  # the Hub's clients raise a dozen unrelated kinds here
-            raise UserError(
-                f"{self.label}: cannot read {self.hub} from the Hub ({first_line(error)}); {instead}"
-            ) from error
-        rows = [dict(row) for row in dataset]
-        commits = {
-            match[1] for url in dataset.info.download_checksums or {} if (match := re.search(r"@(\w{40})/", url))
-        }
-        revision = commits.pop() if len(commits) == 1 else None
-        return rows, {"name": self.hub, "revision": revision, "sha256": sha256_json(rows), "rows": len(rows)}
 
-
-def present(row: Mapping[str, Any], columns: Sequence[str]) -> str | None:
-    """The first of `columns` that the row has."""
-    return next((name for name in columns if name in row), None)
-
-
-def column(row: Mapping[str, Any], columns: Sequence[str], where: str) -> str:
-    """The row's value in the first of `columns` it has, as text. Raises UserError naming `where` and the column."""
-    name = present(row, columns)
-    if name is None:
-        raise UserError(f"{where}: no column {' or '.join(map(repr, columns))}; the row has: {', '.join(row)}")
-    value = row[name]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: column {name!r} is neither text nor a whole number: {value!r:.60}")
-    return value
+def source(label: str, name: str, hub: str, config: str | None, split: str) -> Source:
+    """The source of a benchmark whose file is named like its task."""
+    return Source(label, f"{name}/test.jsonl", hub, config, split)
 
 
 AIME_ANSWER = ("expected_answer", "answer", "Answer")
@@ -128,19 +130,40 @@ AIME_ANSWER = ("expected_answer", "answer", "Answer")
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        MathTask("gsm8k", "GSM8K", "math", "openai/gsm8k", "main", "test", problem=("question",), extract=after_hashes),
-        MathTask("math500", "MATH-500", "math", "HuggingFaceH4/MATH-500", None, "test", id=("unique_id",)),
+        MathTask(
+            "gsm8k",
+            "GSM8K",
+            "math",
+            PROMPT,
+            source=source("GSM8K", "gsm8k", "openai/gsm8k", "main", "test"),
+            problem=("question",),
+            extract=after_hashes,
+        ),
+        MathTask(
+            "math500",
+            "MATH-500",
+            "math",
+            PROMPT,
+            source=source("MATH-500", "math500", "HuggingFaceH4/MATH-500", None, "test"),
+            id=("unique_id",),
+        ),
         MathTask(
             "aime24",
             "AIME 2024",
             "math",
-            "Maxwell-Jia/AIME_2024",
-            None,
-            "train",
+            PROMPT,
+            source=source("AIME 2024", "aime24", "Maxwell-Jia/AIME_2024", None, "train"),
             problem=("problem", "Problem"),
             answer=AIME_ANSWER,
             id=("id", "ID"),
         ),
-        MathTask("aime25", "AIME 2025", "math", "math-ai/aime25", None, "test", answer=AIME_ANSWER),
+        MathTask(
+            "aime25",
+            "AIME 2025",
+            "math",
+            PROMPT,
+            source=source("AIME 2025", "aime25", "math-ai/aime25", None, "test"),
+            answer=AIME_ANSWER,
+        ),
     )
 }

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evals.tasks import Item, Task, TaskData
+from evals.tasks.math import BoxedTask
 from gift.data import fingerprint
 from gift.nano import EVAL_SETS, EVAL_VERSION
 
 
 @dataclass(frozen=True)
-class NanoTask(Task):
+class NanoTask(BoxedTask):
     """Generated problems of `gift.nano.EVAL_SETS[name]`."""
 
     @property
@@ -23,9 +24,13 @@ class NanoTask(Task):
         """The set's fixed list of problems; `data_dir` plays no part."""
         eval_set = EVAL_SETS[self.name]
         problems = eval_set.problems(eval_set.items)
-        items = tuple(Item(problem.id, problem.prompt, problem.answer) for problem in problems)
+        items = tuple(
+            Item(problem.id, self.prompt.replace("{problem}", problem.prompt), problem.answer) for problem in problems
+        )
         source = {"name": "gift.nano", "revision": EVAL_VERSION, "sha256": fingerprint(problems), "rows": len(items)}
         return TaskData(items, source)
 
 
-TASKS: dict[str, Task] = {name: NanoTask(name, eval_set.label, eval_set.group) for name, eval_set in EVAL_SETS.items()}
+TASKS: dict[str, Task] = {
+    name: NanoTask(name, eval_set.label, eval_set.group, "{problem}") for name, eval_set in EVAL_SETS.items()
+}

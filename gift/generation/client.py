@@ -1,4 +1,4 @@
-"""JSON over HTTP for the server engine: calls that can be cut off, and every failure as one line naming the url."""
+"""JSON over HTTP, for the server engine and for a judge: calls that can be cut off, and every failure as one line."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ import http.client
 import json
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from base64 import b64encode
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from http import HTTPStatus
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from gift.cli import UserError
 from gift.generation import GenerationError
 
 CONNECT_S = 10.0
+MAX_REPLY_BYTES = 1 << 30
 REPLY_S = 3600.0  # for a long response on a busy server; that the other machine is gone, the kernel's probes tell
 PROBES = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}  # seconds of silence, between probes; how many
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 class CutConnectionError(GenerationError):
@@ -25,11 +32,12 @@ class CutConnectionError(GenerationError):
 
 
 class RefusedRequestError(GenerationError):
-    """The server answered with an HTTP error."""
+    """The server answered with an HTTP error, and maybe said after which pause to ask again (the header as it came)."""
 
-    def __init__(self, message: str, status: int) -> None:
+    def __init__(self, message: str, status: int, retry_after: str | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after = retry_after
 
 
 class Calls:
@@ -65,9 +73,23 @@ class Calls:
 
 
 class Client:
-    """JSON over HTTP to one server, every call on a connection of its own. Raises UserError for an unusable url."""
+    """JSON over HTTP to one server, every call on a connection of its own. Raises UserError for an unusable url.
 
-    def __init__(self, url: str) -> None:
+    `headers` go with every call. A reply may take `reply_s` seconds (REPLY_S) and have `max_bytes`. Calls to an https
+    url go through `proxy`, an http url with user and password where it asks for them. `setting` is where the url came
+    from.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        setting: str = "generation.url",
+        headers: Mapping[str, str] | None = None,
+        reply_s: float | None = None,
+        max_bytes: int = MAX_REPLY_BYTES,
+        proxy: str | None = None,
+    ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         try:
             parts = urlsplit(self.url)
@@ -75,29 +97,27 @@ class Client:
         except ValueError:  # a port that is no number
             self._host = ""
         if not self._host or parts.scheme not in ("http", "https"):
-            raise UserError(f"generation.url: {url!r} is not an address such as http://10.0.0.2:8000")
+            raise UserError(f"{setting}: {url!r} is not an address such as http://10.0.0.2:8000")
         self._connection = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._proxy = proxy if parts.scheme == "https" else None
+        self._headers = {"Content-Type": "application/json", **(headers or {})}
+        self._reply_s = REPLY_S if reply_s is None else reply_s
+        self._max_bytes = max_bytes
 
     def call(self, path: str, body: dict[str, Any] | None = None, calls: Calls | None = None) -> dict[str, Any]:
         """The reply to a GET, or to a POST of `body`. Raises GenerationError, naming the url, where none comes."""
-        connection = self._connection(self._host, self._port, timeout=CONNECT_S)
-        try:
-            connection.connect()
-        except OSError as error:
-            raise GenerationError(f"{self.url}: no server answers there ({one_line(error)}); is it running?") from None
+        connection = self._connect()
         try:
             connected = connection.sock
-            connected.settimeout(REPLY_S)
+            connected.settimeout(self._reply_s)
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option in PROBES.keys() & vars(socket).keys():
                 connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), PROBES[option])
             with (calls or Calls()).using(connected):
                 data = None if body is None else json.dumps(body).encode()
-                connection.request(
-                    "GET" if data is None else "POST", self._path + path, data, {"Content-Type": "application/json"}
-                )
+                connection.request("GET" if data is None else "POST", self._path + path, data, self._headers)
                 response = connection.getresponse()
-                text = response.read()
+                text = self._read(response, time.monotonic() + self._reply_s)
         except TimeoutError as error:
             raise GenerationError(
                 f"{self.url}: no reply ({one_line(error)}); is the server stuck, or its machine gone?"
@@ -116,11 +136,56 @@ class Client:
             said = reply.get("error", reply) if isinstance(reply, dict) else text.decode(errors="replace")
             said = said.get("message", said) if isinstance(said, dict) else said
             raise RefusedRequestError(
-                f"{self.url}: HTTP {response.status} from {path}: {one_line(said)}", response.status
+                f"{self.url}: HTTP {response.status} from {path}: {one_line(said)}",
+                response.status,
+                response.headers["Retry-After"],
             )
         if not isinstance(reply, dict):
             raise GenerationError(f"{self.url}: the answer to {path} is no JSON object: {one_line(text)}")
         return reply
+
+    def _connect(self) -> http.client.HTTPConnection:
+        """An open connection to the server. Raises GenerationError."""
+        if self._proxy is None:
+            connection = self._connection(self._host, self._port, timeout=CONNECT_S)
+        else:
+            proxy = urlsplit(self._proxy if "://" in self._proxy else f"http://{self._proxy}")
+            login = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}".encode()
+            headers = {"Proxy-Authorization": f"Basic {b64encode(login).decode()}"} if proxy.username else {}
+            connection = self._connection(proxy.hostname or "", proxy.port, timeout=CONNECT_S)
+            connection.set_tunnel(self._host, self._port, headers)
+        try:
+            connection.connect()
+        except OSError as error:
+            raise GenerationError(f"{self.url}: no server answers there ({one_line(error)}); is it running?") from None
+        return connection
+
+    def _read(self, response: http.client.HTTPResponse, deadline: float) -> bytes:
+        """The whole body. Raises TimeoutError past the deadline, HTTPException where it is cut or too long."""
+        text = bytearray()
+        while part := response.read1(1 << 20):
+            text += part
+            if len(text) > self._max_bytes:
+                raise http.client.HTTPException(f"it is longer than {self._max_bytes} bytes")
+            if time.monotonic() > deadline:  # a server that trickles never lets the socket time out
+                raise TimeoutError(f"not whole after {self._reply_s:g} s")
+        if response.length:  # what `read1` is not bothered by
+            raise http.client.IncompleteRead(bytes(text), response.length)
+        return bytes(text)
+
+
+def in_parallel(
+    function: Callable[[Job, Calls], Result], jobs: Sequence[Job], workers: int
+) -> Generator[tuple[int, Result], None, None]:
+    """The jobs' numbers and results as they finish, `workers` at once; the rest is cut off when this is left."""
+    pool = ThreadPoolExecutor(max(1, min(len(jobs), workers)), thread_name_prefix="client")
+    try:
+        with Calls() as calls:
+            numbers = {pool.submit(function, job, calls): number for number, job in enumerate(jobs)}
+            for future in as_completed(numbers):
+                yield numbers.pop(future), future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def one_line(message: object, limit: int = 300) -> str:

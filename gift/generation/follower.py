@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -45,6 +45,15 @@ class Follower:
     def max_model_len(self) -> int:
         """The engine's window: tokens of prompt and response together."""
         return self.engine.max_model_len
+
+    @property
+    def model_window(self) -> int:
+        """The engine's own window: evaluation during training makes do with that."""
+        return self.engine.max_model_len
+
+    def stream(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]:
+        """As Engine.stream, except that all samples come at the end."""
+        yield from enumerate(self.generate(requests, params))
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
         """One sample per request of this rank, in order. Raises as the engine does, and StaleWeightsError."""

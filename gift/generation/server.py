@@ -15,10 +15,9 @@ import re
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,7 +25,7 @@ from transformers import PreTrainedModel
 
 from gift.cli import UserError
 from gift.generation import Engine, GenerationError, Request, Sample, SamplingParams, StaleWeightsError, check_request
-from gift.generation.client import Calls, Client, CutConnectionError, RefusedRequestError, one_line
+from gift.generation.client import Calls, Client, CutConnectionError, RefusedRequestError, in_parallel, one_line
 from gift.generation.vllm_fields import guard_fields, sampling_fields
 from gift.lora import merged_state
 from gift.models import load_config
@@ -43,9 +42,6 @@ NEUTRAL = {  # what vLLM would otherwise take from the model's generation_config
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-
-Job = TypeVar("Job")
-Result = TypeVar("Result")
 
 
 class ServerEngine(Engine):
@@ -80,7 +76,7 @@ class ServerEngine(Engine):
         self._check_version()
         if params.logps:
             self._check_logps()
-        yield from self._in_parallel(lambda job, calls: self._sample(*job, params, calls), jobs)
+        yield from in_parallel(lambda job, calls: self._sample(*job, params, calls), jobs, self._settings.max_rows)
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
         """Log-probabilities of each sequence's tokens but the first. Raises UserError for one beyond the window."""
@@ -92,7 +88,7 @@ class ServerEngine(Engine):
         if sequences:
             self._check_version()
             self._check_logps()
-        found = dict(self._in_parallel(self._score, sequences))
+        found = dict(in_parallel(self._score, sequences, self._settings.max_rows))
         return [found[number] for number in range(len(sequences))]
 
     def update_weights(self, model: PreTrainedModel) -> None:
@@ -253,19 +249,6 @@ class ServerEngine(Engine):
             raise self._unusable("a completion")
         choice: dict[str, Any] = choices[0]
         return choice
-
-    def _in_parallel(
-        self, function: Callable[[Job, Calls], Result], jobs: Sequence[Job]
-    ) -> Iterator[tuple[int, Result]]:
-        """The jobs' numbers and results as they finish, `max_rows` at once; the rest is cut off when this is left."""
-        pool = ThreadPoolExecutor(max(1, min(len(jobs), self._settings.max_rows)), thread_name_prefix="vllm-server")
-        try:
-            with Calls() as calls:
-                numbers = {pool.submit(function, job, calls): number for number, job in enumerate(jobs)}
-                for future in as_completed(numbers):
-                    yield numbers.pop(future), future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
     def _expect(self, path: str, body: dict[str, Any], good: Callable[[Any], bool]) -> None:
         """Posts to a development endpoint. Raises GenerationError unless the reply is `good`."""

@@ -44,7 +44,7 @@ POSITIVE: dict[type, tuple[str, ...]] = {
         *("batch_size", "updates_per_batch", "group_size", "temperature", "max_tokens", "norm_length"),
         *("epochs", "validation_items", "save_every"),
     ),
-    Eval: ("limit",),
+    Eval: ("limit", "every", "every_limit", "every_runs"),
     Drift: ("sequences", "batch_size"),
 }
 NOT_NEGATIVE: dict[type, tuple[str, ...]] = {

@@ -260,6 +260,14 @@ class Eval:
     data_dir: str | None = None
     limit: int | None = None
     """Items per task; all of them where this is null."""
+    every: int | None = None
+    """RL steps from one evaluation during training to the next, the first before any step; null: only at the end."""
+    every_suites: tuple[str, ...] | None = None
+    """What is evaluated then, of the suites whose answers are right or wrong; null: those of `suites`."""
+    every_limit: int | None = 64
+    """Items per task then."""
+    every_runs: int = 1
+    """Runs then, of one sample of each item."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,10 @@ from tiny_models import tiny_model
 from toy_suite import PROTOCOL, MadeUpEngine, Sums, tiny_tokenizer, toy_run, toy_suite, write_checkpoint
 from transformers.utils import logging
 
-import evals.run
-from evals.run import evaluate, main
-from evals.suites import SUITES
+import evals.evaluation
+import evals.subjects
+from evals.run import main
+from evals.suites import SUITES, plan
 from gift.cli import UserError
 from gift.generation import GenerationError, RepetitionGuard
 from gift.recipe import Generation, as_tree
@@ -35,9 +36,22 @@ class Engines:
         return self.built[policy]
 
 
+def graded(run: RunDir, policy: str, task: str = "small") -> list[dict]:
+    """The samples of a policy on a task, each with the score that its text deserves."""
+    rows = read_jsonl(run.path / "samples" / policy / f"{task}.jsonl")
+    return [{**row, "score": float(row["completion"] == f"\\boxed{{{row['gold']}}}")} for row in rows]
+
+
+def evaluate(run, policies, suite, protocol, *, tasks=(), seed=0, data_dir=None, limit=None, **rest):
+    """`evals.evaluation.evaluate` of a plan of one suite."""
+    asked = plan(suite, protocol, tasks=tasks, seed=seed, data_dir=data_dir, limit=limit)
+    return evals.evaluation.evaluate(run, policies, [asked], **rest)
+
+
 def records(run: RunDir) -> dict[str, bytes]:
-    """Every file of samples and the derived table, byte by byte."""
-    files = [*(run.path / "samples").rglob("*.jsonl"), run.path / "items.parquet"]
+    """Every file of samples and verdicts, and the derived table, byte by byte."""
+    logs = [path for name in ("samples", "verdicts") for path in (run.path / name).rglob("*.jsonl")]
+    files = [*logs, run.path / "items.parquet"]
     return {str(file.relative_to(run.path)): file.read_bytes() for file in files}
 
 
@@ -72,11 +86,11 @@ def test_items_count_what_the_logs_hold(tmp_path):
 def test_results_are_those_of_the_definitions(tmp_path):
     run = toy_run(tmp_path / "run", "sft")
     (small, _) = evaluate(run, ["sft"], toy_suite(), PROTOCOL, engine_for=Engines()).results
-    rows = read_jsonl(run.path / "samples" / "sft" / "small.jsonl")
+    rows = graded(run, "sft")
     by_item = [[row["score"] for row in group] for _, group in itertools.groupby(rows, key=lambda row: row["item"])]
     run_means = [sum(row["score"] for row in rows if row["run"] == run) / 14 for run in range(4)]
-    assert small.accuracy.estimate == pytest.approx(sum(run_means) / 4)
-    assert 0 <= small.accuracy.low < small.accuracy.estimate < small.accuracy.high <= 1
+    assert small.score.estimate == pytest.approx(sum(run_means) / 4)
+    assert 0 <= small.score.low < small.score.estimate < small.score.high <= 1
     for k, value in small.pass_at.items():
         of_every_subset = [max(subset) for scores in by_item for subset in itertools.combinations(scores, k)]
         assert value == pytest.approx(sum(of_every_subset) / len(of_every_subset))
@@ -99,7 +113,6 @@ def test_the_manifest_says_how_the_samples_were_made(tmp_path):
         "runs": 4,
         "samples_per_run": 2,
         "seed": 3,
-        "prompt": "{problem}",
         "engine": "hf",
         "dtype": "float32",
         "batch_size": 20,
@@ -107,11 +120,14 @@ def test_the_manifest_says_how_the_samples_were_made(tmp_path):
         "min_p": 0.0,
         "stop": [],
         "repetition_guard": None,
+        "temperatures": {},
+        "system": None,
     }
     small = entry["tasks"]["small"]
     assert (small["label"], small["group"], small["items"]) == ("Small sums", "easy", 2)
     assert small["source"]["rows"] == 7
-    assert set(small["grader"]) == {"name", "version"}
+    assert small["prompt"] == "{problem}"
+    assert next(iter(small["graders"])) == "strict"
     assert small["policies"]["sft"]["weights_sha256"] == sha256_weights(run.checkpoint("sft"))
 
 
@@ -155,7 +171,7 @@ def test_a_limit_takes_the_first_items_and_can_be_raised(tmp_path):
     assert len(read_jsonl(log)) == 7 * 8
     assert run.manifest["eval"]["toy"]["tasks"]["small"]["items"] == 7
     again = evaluate(run, ["sft"], toy_suite(), PROTOCOL, engine_for=Engines(), limit=4)
-    assert [result.accuracy for result in again.results] == [result.accuracy for result in few.results]
+    assert [result.score for result in again.results] == [result.score for result in few.results]
     assert run.manifest["eval"]["toy"]["tasks"]["small"]["items"] == 7
 
 
@@ -267,7 +283,7 @@ def test_a_breakdown_says_where_the_samples_are_and_how_to_go_on(tmp_path):
     assert len(read_jsonl(log)) == 7 * 8
 
 
-def test_samples_of_other_weights_template_or_grader_are_never_mixed(tmp_path, monkeypatch):
+def test_samples_of_other_weights_or_template_are_never_mixed(tmp_path):
     run = toy_run(tmp_path / "run", "sft")
 
     def go_on():
@@ -285,10 +301,6 @@ def test_samples_of_other_weights_template_or_grader_are_never_mixed(tmp_path, m
     with pytest.raises(UserError, match=r"small by 'sft' .*chat_template_sha256 was"):
         go_on()
     template.write_text(right)
-    with monkeypatch.context() as patched:
-        patched.setattr(Sums, "grader", {"name": "gift.rewards", "version": "next"})
-        with pytest.raises(UserError, match=r"grader was .*'next'"):
-            go_on()
     assert [result.items for result in go_on().results] == [7, 3]
 
 
@@ -310,7 +322,7 @@ def command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setitem(SUITES, "toy", toy_suite())
-    monkeypatch.setattr(evals.run, "build_engine", lambda settings, checkpoint, *, dtype: MadeUpEngine(TOKENIZER))
+    monkeypatch.setattr(evals.subjects, "build_engine", lambda settings, checkpoint, *, dtype: MadeUpEngine(TOKENIZER))
     return main
 
 
@@ -337,9 +349,9 @@ def test_a_checkpoint_gets_a_run_of_its_own(command, capsys):
     table = re.search(
         r"^small +step-7 +7 +(\d+\.\d) \[\d+\.\d, \d+\.\d\]( +\d+\.\d){3} ( +\d+\.\d%){2} +\d+ ", shown, re.M
     )
-    rows = read_jsonl(run.path / "samples" / "step-7" / "small.jsonl")
+    rows = graded(run, "step-7")
     assert float(table[1]) == pytest.approx(100 * sum(row["score"] for row in rows) / len(rows), abs=0.05)
-    for part in ("4 x 2 samples", "pass@2", "pass@4", "pass@8", "gift.rewards", f"{run.path}/items.parquet"):
+    for part in ("4 x 2 samples", "pass@2", "pass@4", "pass@8", "gift.rewards", f"in {run.path}: samples/"):
         assert part in shown
 
 
@@ -412,7 +424,7 @@ def test_the_protocol_can_be_overridden(command, capsys):
 
 def test_prompts_that_do_not_fit_are_told(command, capsys, monkeypatch):
     engine = MadeUpEngine(TOKENIZER, max_model_len=20)  # a prompt has 11 tokens
-    monkeypatch.setattr(evals.run, "build_engine", lambda *_, **__: engine)
+    monkeypatch.setattr(evals.subjects, "build_engine", lambda *_, **__: engine)
     write_checkpoint(Path("model"))
     assert command(["--suite", "toy", "--model", "model", "--task", "more"]) == 0
     assert "more, model: 3 prompts leave the model's window less room than 24 tokens" in capsys.readouterr().out
@@ -509,7 +521,7 @@ def test_a_training_run_is_evaluated_by_its_recipes_engine_unless_told_otherwise
         asked.append((settings, dtype))
         return MadeUpEngine(TOKENIZER)
 
-    monkeypatch.setattr(evals.run, "build_engine", build_engine)
+    monkeypatch.setattr(evals.subjects, "build_engine", build_engine)
     own = Generation(engine="vllm", tensor_parallel=2, max_rows=9)
     for number, (options, expected) in enumerate(
         [
@@ -556,8 +568,13 @@ def test_generations_are_a_policy_of_a_run_of_their_own(command, capsys):
     rows = [row for log in sorted((run.path / "samples").rglob("*.jsonl")) for row in read_jsonl(log)]
     stored = {(row["item"], row["run"], row["sample"]): row["completion"] for row in read_jsonl(file)}
     assert {(row["item"], row["run"], row["sample"]): row["completion"] for row in rows} == stored
-    assert all((row["score"] == 1) == (row["completion"] == f"\\boxed{{{row['gold']}}}") for row in rows)
-    assert 0 < sum(row["score"] for row in rows) < len(rows)
+    verdicts = [row for log in sorted((run.path / "verdicts").rglob("*.jsonl")) for row in read_jsonl(log)]
+    strict = {(row["item"], row["run"], row["sample"]): row for row in verdicts if row["grader"] == "strict"}
+    assert len(strict) == len(rows)
+    for row in rows:
+        right = row["completion"] == f"\\boxed{{{row['gold']}}}"
+        assert strict[row["item"], row["run"], row["sample"]]["score"] == float(right)
+    assert 0 < sum(row["score"] for row in strict.values()) < len(rows)
     shown = capsys.readouterr().out
     assert "toy: 4 x 2 samples an item, from gpt-x.jsonl\n" in shown
     assert re.search(r"^small +gpt-x +7 .* 0\.0% +0\.0% +- +-$", shown, re.M), "neither tokens nor tokens/s are known"
@@ -611,7 +628,7 @@ def test_an_evaluation_that_fails_is_not_left_running(command, monkeypatch, erro
     write_checkpoint(Path("model"))
     argv = ["--suite", "toy", "--model", "model", "--out", "out"]
     with monkeypatch.context() as patch:
-        patch.setattr(evals.run, "build_engine", broken)
+        patch.setattr(evals.subjects, "build_engine", broken)
         with pytest.raises(type(error), match=str(error)):
             command(argv)
     assert RunDir.open(Path("out")).manifest["status"] == "failed"

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import time
 from fractions import Fraction
 
 import numpy as np
@@ -16,9 +15,9 @@ from evals.stats import (
     Interval,
     accuracy_interval,
     clustered_mean,
-    paired_difference,
     pass_at_k,
     pass_at_k_interval,
+    rate_interval,
 )
 
 COUNTS = st.lists(
@@ -116,17 +115,49 @@ def test_accuracy_uses_runs_as_far_as_they_are_independent():
     assert (alike.low, alike.high) == pytest.approx(wilson(160, 320))
 
 
-@pytest.mark.parametrize(("items", "runs", "a", "b"), [(30, 4, 0.6, 2.1), (100, 4, 0.5, 0.5), (200, 1, 2, 1)])
-def test_accuracy_interval_covers(items, runs, a, b):
-    """Items drawn from a Beta population; naive binomial intervals cover 0.76 in the first design."""
+@pytest.mark.parametrize(
+    ("items", "runs", "truth", "icc"),
+    [
+        (30, 1, 0.5, 0.05),
+        (30, 4, 0.22, 0.3),
+        (30, 4, 0.5, 0.7),
+        (30, 32, 0.22, 0.3),
+        (200, 1, 0.9, 0.3),
+        (200, 4, 0.5, 0.05),
+        (200, 4, 0.22, 0.7),
+    ],
+)
+def test_accuracy_interval_covers(items, runs, truth, icc):
+    """Among them AIME's design, where binomial intervals on all samples cover 0.76 with 4 runs and 0.37 with 32."""
+    assert 0.93 <= coverage(items, runs, truth, icc) <= 0.97
+
+
+@pytest.mark.parametrize(("runs", "truth", "icc"), [(4, 0.9, 0.7), (32, 0.9, 0.7), (4, 0.08, 0.3)])
+def test_accuracy_interval_covers_nearly_where_few_items_decide(runs, truth, icc):
+    assert 0.90 <= coverage(30, runs, truth, icc) <= 0.97
+
+
+def coverage(items: int, runs: int, truth: float, icc: float) -> float:
+    """How often the interval holds the mean of a Beta population of items whose runs correlate by `icc`."""
     random = np.random.default_rng(0)
-    truth, trials = a / (a + b), 1500
-    correct = random.binomial(runs, random.beta(a, b, (trials, items)))
-    covered = [
-        interval.low <= truth <= interval.high
-        for interval in (accuracy_interval([(runs, int(c)) for c in row]) for row in correct)
-    ]
-    assert 0.92 <= np.mean(covered) <= 0.98
+    strength = 1 / icc - 1  # a + b: the intraclass correlation of a beta-binomial is 1 / (a + b + 1)
+    chances = random.beta(truth * strength, (1 - truth) * strength, (1000, items))
+    intervals = [accuracy_interval([(runs, c) for c in row]) for row in random.binomial(runs, chances).tolist()]
+    return float(np.mean([interval.low <= truth <= interval.high for interval in intervals]))
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 1), (1, 1), (0, 300), (7, 30), (30, 30), (3, 1319), (5000, 9000)])
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_rate_interval_is_exact(k, n, level):
+    theirs = scipy.stats.binomtest(k, n).proportion_ci(level, method="exact")
+    ours = rate_interval(k, n, level)
+    assert (ours.estimate, ours.low, ours.high) == pytest.approx((k / n, theirs.low, theirs.high), rel=1e-9)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 0), (-1, 3), (4, 3)])
+def test_rate_interval_refuses_impossible_counts(k, n):
+    with pytest.raises(ValueError, match="events out of"):
+        rate_interval(k, n)
 
 
 @given(COUNTS)
@@ -180,99 +211,17 @@ def test_clustered_mean_refuses_what_is_no_vector_of_clusters(n, total):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Paired differences
-
-
-def scipy_p_value(a: list[tuple[int, int]], b: list[tuple[int, int]]) -> float:
-    rates = [np.array([correct / n for n, correct in counts]) for counts in (a, b)]
-    return scipy.stats.permutation_test(
-        rates,
-        lambda x, y, axis: np.mean(x - y, axis=axis),
-        permutation_type="samples",
-        n_resamples=np.inf,
-        vectorized=True,
-    ).pvalue
-
-
-def test_paired_p_value_is_exact_on_few_items():
-    a = [(4, 3), (4, 4), (4, 1), (4, 2), (8, 7), (4, 0), (4, 4), (3, 2), (4, 3), (4, 1)]
-    b = [(4, 1), (4, 2), (4, 1), (4, 3), (8, 2), (4, 0), (4, 1), (3, 1), (4, 2), (4, 2)]
-    result = paired_difference(a, b)
-    assert result.p_value == pytest.approx(scipy_p_value(a, b))
-    assert result.items == 10
-    rates_a, rates_b = ([correct / n for n, correct in counts] for counts in (a, b))
-    theirs = scipy.stats.ttest_rel(rates_a, rates_b).confidence_interval(0.95)
-    assert (result.difference, result.low, result.high) == pytest.approx(
-        (np.mean(rates_a) - np.mean(rates_b), theirs.low, theirs.high)
-    )
-
-
-@given(st.data())
-def test_paired_p_value_agrees_with_scipy_and_is_antisymmetric(data):
-    a = data.draw(COUNTS.filter(lambda counts: 2 <= len(counts) <= 6))
-    b = [(n, data.draw(st.integers(0, n))) for n, _ in a]
-    there, back = paired_difference(a, b), paired_difference(b, a)
-    assert there.p_value == pytest.approx(scipy_p_value(a, b))
-    assert there.p_value == pytest.approx(back.p_value)
-    assert (there.difference, there.low, there.high) == pytest.approx((-back.difference, -back.high, -back.low))
-    assert -1 <= there.low <= there.difference <= there.high <= 1
-
-
-@pytest.mark.parametrize(("wins", "losses", "ties"), [(30, 12, 100), (55, 50, 0), (20, 1, 300)])
-def test_sampled_p_value_agrees_with_mcnemar(wins, losses, ties):
-    """On single 0/1 runs the sign-flip test is the exact McNemar test."""
-    a = [(1, 1)] * wins + [(1, 0)] * losses + [(1, 1)] * ties
-    b = [(1, 0)] * wins + [(1, 1)] * losses + [(1, 1)] * ties
-    exact = scipy.stats.binomtest(wins, wins + losses).pvalue
-    sampled = paired_difference(a, b, resamples=50_000).p_value
-    assert sampled == pytest.approx(exact, abs=4 * math.sqrt(exact / 50_000) + 2e-5)
-
-
-def test_paired_difference_without_any_difference():
-    same = [(4, 2)] * 30
-    result = paired_difference(same, same)
-    assert (result.difference, result.p_value) == (0, 1)
-    assert result.high == -result.low == pytest.approx(wilson(0, 30)[1])
-    one = paired_difference([(4, 4)], [(4, 1)])
-    assert (one.difference, one.low, one.high, one.p_value) == (0.75, -1, 1, 1)
-
-
-def test_paired_p_values_are_uniform_or_above_under_the_null():
-    random = np.random.default_rng(0)
-    p_values = []
-    for _ in range(400):
-        chance = random.beta(1, 1, 40)
-        a, b = ([(2, int(c)) for c in random.binomial(2, chance)] for _ in range(2))
-        p_values.append(paired_difference(a, b, resamples=999).p_value)
-    assert 0.02 <= np.mean(np.array(p_values) <= 0.05) <= 0.08
-
-
-def test_a_benchmark_of_ordinary_size_is_quick():
-    random = np.random.default_rng(0)
-    a, b = ([(4, int(c)) for c in random.binomial(4, 0.6, 1319)] for _ in range(2))
-    started = time.perf_counter()
-    paired_difference(a, b)
-    assert time.perf_counter() - started < 2  # 0.2 s on an idle core; scipy takes 4 s
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Refusals
 
 
 @pytest.mark.parametrize("counts", [[], [(0, 0)], [(4, 5)], [(4, -1)], [(-4, -4)]])
 def test_impossible_counts_are_refused(counts):
-    for statistic in (
-        accuracy_interval,
-        lambda counts: pass_at_k_interval(counts, 1),
-        lambda counts: paired_difference(counts, counts),
-    ):
+    for statistic in (accuracy_interval, lambda counts: pass_at_k_interval(counts, 1)):
         with pytest.raises(ValueError, match=r"item|samples"):
             statistic(counts)
 
 
-def test_mismatched_pairs_too_few_samples_and_levels_are_refused():
-    with pytest.raises(ValueError, match="2 and 1 items"):
-        paired_difference([(1, 1), (1, 0)], [(1, 1)])
+def test_too_few_samples_and_levels_are_refused():
     with pytest.raises(ValueError, match="pass@4 cannot"):
         pass_at_k_interval([(4, 1), (3, 1)], 4)
     for level in (0, 1, 95):

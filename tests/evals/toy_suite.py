@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from evals.suites import Protocol, Suite
 from evals.tasks import Item, Task, TaskData
+from evals.tasks.math import BoxedTask
 from gift.generation import Engine, Request, Sample, SamplingParams
 from gift.records import RunDir, sha256_json, sha256_weights
 
@@ -84,10 +85,11 @@ class MadeUpEngine(Engine):
 
 
 @dataclass(frozen=True)
-class Sums(Task):
+class Sums(BoxedTask):
     """`count` sums of two digits below ten."""
 
-    count: int
+    prompt: str = "{problem}"
+    count: int = 5
     start: int = 0
 
     @property
@@ -107,7 +109,7 @@ def toy_suite(*tasks: Task, batch_size: int = 20) -> Suite:
         Sums("small", "Small sums", "easy", count=7),
         Sums("more", "More sums", "easy", count=3, start=1),
     )
-    return Suite("toy", {task.name: task for task in chosen}, "{problem}", PROTOCOL, batch_size)
+    return Suite("toy", {task.name: task for task in chosen}, PROTOCOL, batch_size)
 
 
 def toy_run(path: Path, *policies: str) -> RunDir:

@@ -96,8 +96,9 @@ class Command:
             "items": read_table(self.run / "items.parquet"),
             "drift": {file.name: read_table(file) for file in sorted(self.run.glob("drift/*.parquet"))},
             "samples": {
-                f"{file.parent.name}/{file.name}": file.read_text()
-                for file in sorted(self.run.glob("samples/*/*.jsonl"))
+                str(file.relative_to(self.run)): file.read_text()
+                for what in ("samples", "verdicts")
+                for file in sorted(self.run.glob(f"{what}/*/*.jsonl"))
             },
             "data": {file.name: file.read_text() for file in sorted(self.run.glob("data/*.jsonl"))},
             **{

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ def write_run(
     write_json(path / "manifest.json", manifest(path.name, policies, items, runs, samples, status))
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics(rng, policies)))
     write_items(path / "items.parquet", correct)
-    write_samples(path / "samples", correct, completion)
+    write_samples(path, correct, completion)
     for (a, b), metric_sums in drift.items():
         write_drift(path / "drift" / f"{a}..{b}.parquet", metric_sums)
     return Truth(path, correct, drift)
@@ -180,6 +181,9 @@ def protocol(runs: int, samples: int) -> dict[str, Any]:
     return {**sampling, "seed": 1, "prompt": "nano-1", "engine": "hf", "dtype": "float32"}
 
 
+GRADERS = {"strict": "math 1"}
+
+
 def tasks(items: int) -> dict[str, Any]:
     """The evaluated tasks."""
     source = {"name": "reasoning-gym", "revision": "0.1.25", "sha256": "9b" * 32}
@@ -189,7 +193,8 @@ def tasks(items: int) -> dict[str, Any]:
             "group": group,
             "items": task_items(task, items),
             "source": {**source, "rows": task_items(task, items)},
-            "grader": {"name": "math", "version": "1"},
+            "metric": "accuracy",
+            "graders": GRADERS,
         }
         for task, (label, group, _) in TASKS.items()
     }
@@ -227,35 +232,44 @@ def write_items(file: Path, correct: dict[str, Outcomes]) -> None:
 
 
 def write_samples(folder: Path, correct: dict[str, Outcomes], completion: str | None) -> None:
-    """samples/<policy>/<task>.jsonl from the outcomes."""
+    """samples/<policy>/<task>.jsonl from the outcomes, and verdicts/<policy>/<task>.jsonl."""
     for policy, by_task in correct.items():
         for task, outcome in by_task.items():
-            lines = []
+            lines, verdicts = [], []
             for (item, run, sample), right in np.ndenumerate(outcome):
                 answer = str(40 + item + (0 if right else 3))
                 worked = f"13 + {item} = {13 + item}\n{13 + item} + 27 = {answer}\nAnswer: {answer}"
+                text = worked if completion is None else completion
+                key = {"task": task, "item": f"{task}-{item}", "policy": policy, "run": run, "sample": sample}
                 lines.append(
                     {
-                        "task": task,
-                        "item": f"{task}-{item}",
-                        "policy": policy,
-                        "run": run,
-                        "sample": sample,
+                        **key,
                         "seed": 11,
                         "prompt": f"What is 13 + {item} + 27?\nShow your steps.",
-                        "completion": worked if completion is None else completion,
+                        "completion": text,
                         "tokens": 24,
                         "finish_reason": "stop",
                         "max_tokens": 192,
                         "gold": str(40 + item),
+                    }
+                )
+                verdicts.append(
+                    {
+                        **key,
+                        "grader": "strict",
+                        "version": GRADERS["strict"],
+                        "of": hashlib.sha256(text.encode()).hexdigest()[:16],
                         "extracted": answer if completion is None else completion,
                         "status": "correct" if right else "wrong",
                         "score": float(right),
                         "method": "math",
+                        "note": None,
                     }
                 )
-            (folder / policy).mkdir(parents=True, exist_ok=True)
-            (folder / policy / f"{task}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            for file, rows in (("samples", lines), ("verdicts", verdicts)):
+                (folder / file / policy).mkdir(parents=True, exist_ok=True)
+                log = folder / file / policy / f"{task}.jsonl"
+                log.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_drift(file: Path, sums: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:

@@ -1,4 +1,4 @@
-"""Estimates with the uncertainty that comes from the choice of items: would new problems give this number?
+"""One policy: estimates with the uncertainty of the choice of items: would new problems give this number?
 
 Every interval here treats the item (a benchmark problem, a sequence) as the unit that was sampled, and its repeated
 runs or tokens as clustered in it (Miller 2024, arXiv 2411.00640). More runs of the same items narrow an interval only
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,29 +34,23 @@ class Interval:
     high: float
 
 
-@dataclass(frozen=True)
-class PairedResult:
-    """The mean over `items` of the rate of a minus that of b, its confidence interval and two-sided p-value."""
-
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    items: int
-
-
 def pass_at_k(n: int, c: int, k: int) -> float:
     """The chance that at least one of k samples drawn without replacement from n, of which c are right, is right.
 
     It is 1 - C(n-c, k) / C(n, k), the unbiased estimator of pass@k (Chen et al. 2021, arXiv 2107.03374, Eq. 1),
     computed in integers and rounded once. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
     """
+    return float(exact_pass_at_k(n, c, k))
+
+
+def exact_pass_at_k(n: int, c: int, k: int) -> Fraction:
+    """`pass_at_k` before it is rounded."""
     if not 0 <= c <= n:
         raise ValueError(f"{c} right out of {n} samples")
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} cannot be estimated from {n} samples")
     total = math.comb(n, k)
-    return (total - math.comb(n - c, k)) / total
+    return Fraction(total - math.comb(n - c, k), total)
 
 
 def accuracy_interval(counts: Counts, level: float = 0.95) -> Interval:
@@ -64,7 +59,7 @@ def accuracy_interval(counts: Counts, level: float = 0.95) -> Interval:
     That number is p(1-p) / SE^2 with the SE clustered by item, kept between half the number of items and the number
     of samples. Where the SE says nothing (a single item, or all answers alike) it is the number of items.
     """
-    rates = _rates(counts)
+    rates = item_rates(counts)
     estimate = float(rates.mean())
     effective = float(len(rates))
     if 0 < estimate < 1 and len(rates) > 1:
@@ -72,7 +67,7 @@ def accuracy_interval(counts: Counts, level: float = 0.95) -> Interval:
         most = float(sum(n for n, _ in counts))
         effective = most if variance == 0 else estimate * (1 - estimate) / variance
         effective = min(max(effective, len(rates) / 2), most)
-    return _wilson(estimate, effective, level)
+    return wilson(estimate, effective, level)
 
 
 def pass_at_k_interval(counts: Counts, k: int, level: float = 0.95, seed: int = 0, resamples: int = 2000) -> Interval:
@@ -81,18 +76,26 @@ def pass_at_k_interval(counts: Counts, k: int, level: float = 0.95, seed: int = 
     Where all items have the same pass@k, as at 0/30, resampling would give an interval of no width: there it is
     Wilson's at the number of items. Raises ValueError if an item has fewer than k samples.
     """
-    _rates(counts)
+    item_rates(counts)
     values = np.array([pass_at_k(n, c, k) for n, c in counts])
     estimate = float(values.mean())
     if np.ptp(values) == 0:
-        return _wilson(estimate, len(values), level)
-    random = np.random.default_rng(seed)
-    uniform = np.full(len(values), 1 / len(values))
-    means = np.concatenate(
-        [random.multinomial(len(values), uniform, size=rows) @ values for rows in _chunks(resamples, len(values))]
-    )
-    low, high = np.quantile(means / len(values), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(estimate, float(low), float(high))
+        return wilson(estimate, len(values), level)
+    return Interval(estimate, *percentiles(values, level, seed, resamples))
+
+
+def rate_interval(k: int, n: int, level: float = 0.95) -> Interval:
+    """The rate k / n of independent events, such as a grader's errors on n responses, with its exact interval.
+
+    It is Clopper and Pearson's (1934), which covers the true rate at least as often as `level` says, and leaves room
+    for one above zero where nothing was seen: 0 of 300 gives [0, 0.0122]. Raises ValueError unless 0 <= k <= n, n >= 1.
+    """
+    if n < 1 or not 0 <= k <= n:
+        raise ValueError(f"{k} events out of {n} cases")
+    tail = (1 - checked(level)) / 2
+    low = float(special.betaincinv(k, n - k + 1, tail)) if k else 0.0
+    high = float(special.betainccinv(k + 1, n - k, tail)) if k < n else 1.0
+    return Interval(k / n, low, high)
 
 
 def clustered_mean(n: Floats, total: Floats, level: float = 0.95) -> Interval:
@@ -114,52 +117,11 @@ def clustered_mean(n: Floats, total: Floats, level: float = 0.95) -> Interval:
         return Interval(mean, -math.inf, math.inf)
     residuals = total - mean * n
     error = math.sqrt(clusters / (clusters - 1) * float(residuals @ residuals)) / float(n.sum())
-    margin = _student(level, clusters - 1) * error
+    margin = student(level, clusters - 1) * error
     return Interval(mean, mean - margin, mean + margin)
 
 
-def paired_difference(a: Counts, b: Counts, level: float = 0.95, seed: int = 0, resamples: int = 9999) -> PairedResult:
-    """Compares two policies on the same items, in the same order: the mean of rate(a) - rate(b) per item.
-
-    The p-value is that of the sign-flip permutation test: exact where the items that differ have no more than
-    `resamples` sign patterns, else from `resamples` random ones and the observed. The interval is Student's over the
-    items' differences, within [-1, 1]. If all items have the same difference, its half-width is the share of items
-    that may yet differ: Wilson's upper limit for none seen.
-    """
-    if len(a) != len(b):
-        raise ValueError(f"paired counts of different length: {len(a)} and {len(b)} items")
-    differences = _rates(a) - _rates(b)
-    items = len(differences)
-    mean = float(differences.mean())
-    if np.ptp(differences) < 1e-12:
-        margin = _wilson(0.0, items, level).high if items > 1 else 2.0
-    else:
-        margin = _student(level, items - 1) * float(differences.std(ddof=1)) / math.sqrt(items)
-    p_value = _sign_flip_p_value(differences[differences != 0], seed, resamples)
-    return PairedResult(mean, max(mean - margin, -1.0), min(mean + margin, 1.0), p_value, items)
-
-
-def _sign_flip_p_value(differences: Floats, seed: int, resamples: int) -> float:
-    """Share of sign patterns over the differences [m] whose sum is at least as far from zero as the observed sum."""
-    m = len(differences)
-    total = float(differences.sum())
-    exact = m < resamples.bit_length()  # 2^m <= resamples
-    threshold = abs(total) - 1e-9 * float(np.abs(differences).sum())  # sums that tie in exact arithmetic must tie here
-    random = np.random.default_rng(seed)
-    extreme = start = 0
-    for rows in _chunks(2**m if exact else resamples, max(m, 1)):
-        if exact:
-            flips = (np.arange(start, start + rows)[:, None] >> np.arange(m) & 1).astype(np.uint8)
-        else:
-            bits = np.frombuffer(random.bytes(rows * (m + 7 >> 3)), dtype=np.uint8).reshape(rows, -1)
-            flips = np.unpackbits(bits, axis=1, count=m)
-        sums = total - 2 * (flips.astype(np.float64) @ differences)
-        extreme += int((np.abs(sums) >= threshold).sum())
-        start += rows
-    return extreme / 2**m if exact else (extreme + 1) / (resamples + 1)
-
-
-def _rates(counts: Counts) -> Floats:
+def item_rates(counts: Counts) -> Floats:
     """The share of right samples of each item [items]."""
     if not counts:
         raise ValueError("no items")
@@ -171,26 +133,36 @@ def _rates(counts: Counts) -> Floats:
     return rates
 
 
-def _wilson(estimate: float, n: float, level: float) -> Interval:
+def wilson(estimate: float, n: float, level: float) -> Interval:
     """Wilson's score interval for a proportion observed in n independent trials; n need not be whole."""
-    z2 = float(special.ndtri((1 + _checked(level)) / 2)) ** 2
+    z2 = float(special.ndtri((1 + checked(level)) / 2)) ** 2
     centre = (estimate + z2 / (2 * n)) / (1 + z2 / n)
     margin = math.sqrt(z2 * (estimate * (1 - estimate) / n + z2 / (4 * n * n))) / (1 + z2 / n)
     return Interval(estimate, max(min(centre - margin, estimate), 0.0), min(max(centre + margin, estimate), 1.0))
 
 
-def _student(level: float, degrees: int) -> float:
+def student(level: float, degrees: float) -> float:
     """The two-sided quantile of Student's t."""
-    return float(special.stdtrit(degrees, (1 + _checked(level)) / 2))
+    return float(special.stdtrit(degrees, (1 + checked(level)) / 2))
 
 
-def _checked(level: float) -> float:
+def percentiles(values: Floats, level: float, seed: int, resamples: int) -> tuple[float, float]:
+    """The two ends of the percentile bootstrap interval of the mean of `values` [items]."""
+    random = np.random.default_rng(seed)
+    uniform = np.full(len(values), 1 / len(values))
+    sums = [random.multinomial(len(values), uniform, size=rows) @ values for rows in chunks(resamples, len(values))]
+    tail = (1 - checked(level)) / 2
+    low, high = np.quantile(np.concatenate(sums) / len(values), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def checked(level: float) -> float:
     if not 0 < level < 1:
         raise ValueError(f"a confidence level lies between 0 and 1, got {level}")
     return level
 
 
-def _chunks(rows: int, columns: int) -> Iterator[int]:
+def chunks(rows: int, columns: int) -> Iterator[int]:
     """Splits `rows` into pieces whose matrices of `columns` columns stay below CHUNK_ELEMENTS."""
     size = max(CHUNK_ELEMENTS // columns, 1)
     for start in range(0, rows, size):

@@ -1,0 +1,60 @@
+"""A run's samples and what graders said of them: two append-only logs a policy and task, joined when they are read.
+
+    samples/<policy>/<task>.jsonl     every prompt and completion, key (item, run, sample)
+    verdicts/<policy>/<task>.jsonl    every verdict, key (grader, version, item, run, sample, of)
+
+`of` is the digest of the completion that a verdict speaks of: one that was sampled again counts as not graded. Grading
+again with a newer grader adds verdicts and changes nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gift.records import read_jsonl
+
+SAMPLE_KEY = ("item", "run", "sample")
+VERDICT_KEY = ("grader", "version", *SAMPLE_KEY, "of")
+VERDICT_FIELDS = ("status", "score", "extracted", "method", "note")
+
+Row = Mapping[str, Any]
+
+
+def sample_path(run: Path, policy: str, task: str) -> Path:
+    """The log of a policy's samples on a task."""
+    return run / "samples" / policy / f"{task}.jsonl"
+
+
+def verdict_path(run: Path, policy: str, task: str) -> Path:
+    """The log of what graders said of a policy's samples on a task."""
+    return run / "verdicts" / policy / f"{task}.jsonl"
+
+
+def digest(completion: str) -> str:
+    """What identifies a completion in a verdict: 16 hex digits of its SHA-256."""
+    return hashlib.sha256(completion.encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def verdicts_by_sample(rows: Iterable[Row], graders: Mapping[str, str]) -> dict[tuple[Any, ...], dict[str, Row]]:
+    """Verdicts of these graders in these versions: (item, run, sample, of) -> grader -> the verdict's fields."""
+    found: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        if graders.get(row["grader"]) == row["version"]:
+            key = (*(row[name] for name in SAMPLE_KEY), row["of"])
+            found.setdefault(key, {})[row["grader"]] = {name: row[name] for name in VERDICT_FIELDS}
+    return found
+
+
+def graded_samples(run: Path, policy: str, task: str, graders: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The samples in the log's order, each with `verdicts`: what each of these graders said of it, as far as known.
+
+    `graders` is name to version. Raises UserError naming a line of the logs that is damaged.
+    """
+    verdicts = verdicts_by_sample(read_jsonl(verdict_path(run, policy, task)), graders)
+    return [
+        {**row, "verdicts": verdicts.get((*(row[name] for name in SAMPLE_KEY), digest(row["completion"])), {})}
+        for row in read_jsonl(sample_path(run, policy, task))
+    ]
