@@ -263,6 +263,7 @@ _ADVERB = (
 )
 _LINK = r"(?:\b(?:is|be|remains)\b|'s\b|[:=→–—]|-+>?)"
 _LABEL = r"[(\[]?\b(?-i:[A-J])\b[)\]]?"
+_IS = rf"\s+(?:is|(?:seems|appears)\s+to\s+be|would\s+be|must\s+be)\s+(?:{_ADVERB}\s+)?"
 _OPTION = r"(?:(?:the\s+)?(?:option|choice|answer|letter)\s+)?"
 _CUE = re.compile(
     rf"""
@@ -276,9 +277,10 @@ _CUE = re.compile(
     | \b(?:choose|select|pick|i\.e\.,?|that\s+is,|namely,?)(?=\s+(?:option|choice|answer)\b)  # select option
     | \b(?:therefore|thus|hence|so|consequently|accordingly|conclusion|finally|overall)\b,?\s+
       (?:it(?:'s|\s+is|\s+must\s+be|\s+has\s+to\s+be|\s+should\s+be)\s+)?
-      (?={_OPTION}{_LABEL}\s*(?:[.!]?\s*(?:\n|\Z)|[.!]\s|is\s+(?:{_ADVERB}\s+)?(?:the\s+)?(?:(?!not\b)\w+\s+)?
-        (?:correct|right|best|answer)\b))                                               # so (it is) option B.
-    | (?={_LABEL}\s+is\s+(?:{_ADVERB}\s+)?(?:the\s+)(?:\w+\s+)?(?:answer|choice|option)\b)  # B is the (right) answer
+      (?={_OPTION}{_LABEL}\s*(?:[.!]?\s*(?:\n|\Z)|[.!]\s)
+        |{_OPTION}{_LABEL}{_IS}(?:the\s+)?(?:(?!not\b)\w+\s+)?(?:correct|right|best|answer)\b)  # so (it is) option B.
+    | (?=(?:{_LABEL}|[(\[]?(?-i:[A-J])[)\]]\s[^.,;\n]{{1,80}})
+        {_IS}the\s+(?:\w+\s+)?(?:answer|choice|option)\b)                               # B is the (right) answer
     | 答案(?:应该是|应为|选择|是|为|选|:)? | [故应因此所以]选(?:择|项)?                    # the answer is, so choose
     """,
     re.IGNORECASE | re.VERBOSE,
@@ -290,7 +292,7 @@ _WEAK_CUE = re.compile(
       |points\s+to|aligns\s+with)\s+(?=(?:the\s+)?(?:option|choice|answer)\s|[(\[](?-i:[A-J])[)\]])
     | \b(?:leaves|leaving)(?:\s+(?:us|only|with))*\s+(?={_OPTION}{_LABEL})
     | \bonly\s+(?={_OPTION}{_LABEL}\s+{_FITS})
-    | (?={_LABEL}\s+is\s+(?:{_ADVERB}\s+)?(?:correct|right|the\s+(?:best|one|only|most))\b)
+    | (?={_LABEL}{_IS}(?:correct|right|the\s+(?:best|one|only|most))\b)
     """,
     re.IGNORECASE | re.VERBOSE,
 )
@@ -314,11 +316,12 @@ _LETTER = re.compile(
     r"|(?P<small>[a-hj])(?:[.)](?=\s|$)|(?=\s*\n)|(?<!a)$)"
 )
 _FOLLOWS = re.compile(
-    rf"\s+(?:{_FITS}|(?:is|because|since|as|and|or|but|which|due|given|for|if|when|while|where|with|from|in|by|rather|not"
-    r"|instead|based|according|that|only|alone)\b)"
+    rf"\s+(?:{_FITS}|(?:is|seems|appears|must|would|because|since|as|and|or|but|which|due|given|for|if|when|while|where"
+    r"|with|from|in|by|rather|not|instead|based|according|that|only|alone)\b)"
 )
+_ENDED = r"(?:[)\]]|(?=\s*(?:[^\sA-Za-z'-]|$|\b(?:and|or|because|since|as|depending)\b)))"
 _ALSO = re.compile(
-    rf"[.]?(?:(?i:{_JOINT}{_MAYBE})[(\[]?[A-J](?:[)\]]|(?=\s*(?:[^\sA-Za-z'-]|$|\b(?:and|or|because|since|as|depending)\b))))++"
+    rf"\.?(?:(?i:{_JOINT}{_MAYBE})[(\[]?[A-J]{_ENDED})++"  # "or (C)", ", C and D"; but not "C and D are wrong"
     rf"(?!(?i:{_JOINT}{_MAYBE})[(\[]?[A-J]\b|\s+(?:is|are|was|were|can|do|does|has|have)\b)"
 )
 _OPTION_WORD = re.compile(r"^(?:option|choice)\s+", re.IGNORECASE)
@@ -327,7 +330,7 @@ _QUESTIONED = re.compile(r"[)\]\"'.]*\s*\?")
 
 def _target(text: str, options: _Options) -> _Named | None:
     """What the words after a cue commit to: an option's text, a letter or several; None if they are about else."""
-    rest = text[_FILLER.match(text, 0).end() :]  # type: ignore[union-attr]  # it matches the empty string
+    rest = _FILLER.sub("", text, count=1)
     for words in dict.fromkeys((text.lstrip(" \t\n:"), rest)):
         found = options.starts(words)
         if found is not None:
@@ -374,11 +377,9 @@ def _committed(text: str, options: _Options) -> tuple[str, _Named] | None:
     boxed = _boxed(text, options)
     if boxed is not None:
         named, end = boxed
-        for cue in (_CUE, _AFTER_ALL):
-            for correction, at in _statements(text, options, cue, end):
-                if _CORRECTION.search(text, end, at):
-                    return "stated", correction
-        return "boxed", named
+        later = [found for cue in (_CUE, _AFTER_ALL) for found in _statements(text, options, cue, end)]
+        corrections = [(at, correction) for correction, at in later if _CORRECTION.search(text, end, at)]
+        return ("stated", max(corrections, key=lambda found: found[0])[1]) if corrections else ("boxed", named)
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         return None
@@ -389,9 +390,10 @@ def _committed(text: str, options: _Options) -> tuple[str, _Named] | None:
     strong = [named for named, _ in _statements(text, options, _CUE)]
     if strong:
         return "stated", strong[-1]
-    if _line(lines[0], options) and not any(_line(line, options) for line in lines[1:]):
-        return "line", _line(lines[0], options) or _NOTHING
-    weak = {named for named, _ in _statements(text, options, _WEAK_CUE)}
+    first = _line(lines[0], options)
+    if first is not None and not any(_line(line, options) for line in lines[1:]):
+        return "line", first
+    weak = {named.letters: named for cue in (_WEAK_CUE, _AFTER_ALL) for named, _ in _statements(text, options, cue)}
     if weak:
-        return "stated", weak.pop() if len(weak) == 1 else _NOTHING
+        return "stated", next(iter(weak.values())) if len(weak) == 1 else _NOTHING
     return None

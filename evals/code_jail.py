@@ -34,6 +34,8 @@ def mounted_under(root: str) -> list[str]:
 def build(root: str, tmp_bytes: int, mounts: list[list[str]]) -> None:
     """Makes ROOT the root of the file system, with the mounts and a private /tmp, all else read-only or absent."""
     mount("tmpfs", root, "tmpfs", NOSUID | NODEV, "size=1m,mode=0755")
+    Path(root, "tmp").mkdir()
+    mount("tmpfs", f"{root}/tmp", "tmpfs", NOSUID | NODEV, f"size={tmp_bytes},mode=0700")
     for source, target in mounts:
         place = Path(root + target)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -44,8 +46,6 @@ def build(root: str, tmp_bytes: int, mounts: list[list[str]]) -> None:
         mount(source, str(place), None, BIND | REC)
         for point in mounted_under(str(place)):
             mount("none", point, None, BIND | REMOUNT | RDONLY | os.statvfs(point).f_flag & LOCKED)
-    Path(root, "tmp").mkdir(exist_ok=True)
-    mount("tmpfs", f"{root}/tmp", "tmpfs", NOSUID | NODEV, f"size={tmp_bytes},mode=0700")
     mount("none", root, None, BIND | REMOUNT | RDONLY | NOSUID | NODEV)
     os.chdir(root)
     mount(root, "/", None, MOVE)

@@ -259,11 +259,12 @@ def _command(isolation: Isolation, tmp_bytes: int, folder: str) -> list[str]:
         return [shutil.which("unshare") or "unshare", *flags.split(), *jail, *inside]
     flags = "--unshare-user --unshare-pid --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try"
     command = [shutil.which("bwrap") or "bwrap", *flags.split(), "--die-with-parent", "--new-session"]
+    command += ["--size", str(tmp_bytes), "--tmpfs", "/tmp"]  # first, lest it hide what is mounted below it
     for source, target in mounts:
         link = source.startswith("->")
         command += ["--symlink", source[2:], target] if link else ["--ro-bind", source, target]
-    command += ["--dev-bind", "/dev/null", "/dev/null", "--size", str(tmp_bytes), "--tmpfs", "/tmp"]
-    return [*command, "--remount-ro", "/", "--chdir", "/tmp", *inside]
+    command += ["--dev-bind", "/dev/null", "/dev/null", "--remount-ro", "/", "--chdir", "/tmp"]
+    return [*command, *inside]
 
 
 @functools.cache

@@ -117,13 +117,9 @@ _SCALE = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10*
 def clean(answer: str) -> str:
     """An answer on one line, as math-verify is given it: no trailing periods and backslashes, LaTeX for "sqrt(3)"."""
     text = _THOUSANDS.sub(",", answer.replace("\\$", "").replace("\u2212", "-"))
-    text = " ".join(latex_roots(text).split()).rstrip("\\. ")
+    text = re.sub(r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = " ".join(text.split()).rstrip("\\. ")
     return text + "." if text.endswith("\\right") else text
-
-
-def latex_roots(text: str) -> str:
-    """The text with "sqrt(3)" in LaTeX."""
-    return re.sub(r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}", text)
 
 
 def canonical(answer: str) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +91,7 @@ def evaluate_lm_eval(
     made_by = {"weights_sha256": run.node(policy)["weights_sha256"], **settings}
     folder = run.path / "raw" / "lm_eval" / policy
     engine = functools.cache(lambda: engine_for(policy))
-    manager = find(names, include_path)
+    manager, terminal = find(names, include_path), sys.stderr
     try:
         for name in names:
             log = JsonlLog(folder / f"{name}.jsonl", KEY)
@@ -106,6 +107,7 @@ def evaluate_lm_eval(
                         is_greedy=reads_is_greedy(loaded),
                         batch_size=batch_size,
                         name=f"{policy}: {PREFIX}{name}",
+                        terminal=terminal,
                     )
                     found = run_task(lm, loaded, limit, apply_chat_template)
                 except GenerationError:

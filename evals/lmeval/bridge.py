@@ -15,6 +15,7 @@ from typing import Any
 
 from evals.stats import pass_at_k
 from evals.tasks import Item, Task, choice, math, nano, single_turn
+from gift.cli import UserError
 
 DATA_DIR = "GIFT_DATA_DIR"
 """The environment variable that names the folder of benchmark files; the Hub where it is not set."""
@@ -24,7 +25,7 @@ OFFERED: dict[str, Task] = {**math.TASKS, **choice.TASKS, **nano.TASKS}
 def dataset(gift_task: str, **_: Any) -> dict[str, Any]:
     """A task's items as the split 'test' of a dataset: task, id, prompt and gold, in file order.
 
-    lm-eval also passes the task's metadata. Raises UserError as Task.load does.
+    lm-eval also passes the task's metadata. Raises UserError where they cannot be had.
     """
     import datasets
 
@@ -55,5 +56,9 @@ def data_dir() -> Path | None:
 
 @functools.cache
 def items(task: str, folder: Path | None) -> dict[str, Item]:
-    """A task's items by id."""
-    return {item.id: item for item in OFFERED[task].load(folder).items}
+    """A task's items by id. Raises UserError as Task.load does, with how lm-eval is told of a folder."""
+    try:
+        data = OFFERED[task].load(folder)
+    except UserError as error:
+        raise UserError(f"{error}; in lm-eval, {DATA_DIR} in the environment names the folder") from error
+    return {item.id: item for item in data.items}

@@ -60,9 +60,13 @@ def load(manager: TaskManager, name: str, num_fewshot: int | None, gen_kwargs: M
     except UserError:  # of one of the suite's tasks
         raise
     except Exception as error:  # a task file may run any code, and the Hub's clients raise a dozen unrelated kinds
+        advice = "mend that, or leave this task out"
+        if isinstance(error, OSError):
+            advice = (
+                "run it once with the Hub in reach, or point a copy of its YAML at local files (dataset_path: json)"
+            )
         raise UserError(
-            f"{PREFIX}{name}: cannot be loaded ({type(error).__name__}: {first_line(error)}); run once with the Hub in"
-            " reach to have its data in the cache, or point a copy of its YAML at local files (dataset_path: json)"
+            f"{PREFIX}{name}: cannot be loaded ({type(error).__name__}: {first_line(error)}); {advice}"
         ) from error
     for task_name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any
+from typing import Any, TextIO
 
 from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
@@ -63,7 +63,8 @@ class EngineLM(TemplateLM):
     answers made under other settings stay in the log and are not used. A log-likelihood's `is_greedy` takes another
     pass of the engine; it is found where `is_greedy` says that a metric reads it, and False elsewhere. `batch_size` is
     the number of samples that go to the engine in one call and into the log in one write, so that a continued run
-    gives the engine the same batches; None is for engines that keep their rows full by themselves.
+    gives the engine the same batches; None is for engines that keep their rows full by themselves. Progress is shown on
+    `terminal` under `name`, also where stderr is redirected.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class EngineLM(TemplateLM):
         is_greedy: bool = True,
         batch_size: int | None = None,
         name: str = "lm_eval",
+        terminal: TextIO | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
@@ -90,7 +92,7 @@ class EngineLM(TemplateLM):
         self._build = engine
         self._engine: Engine | None = None
         self._made_by = sha256_json({**settings, "seed": seed, "is_greedy": is_greedy})
-        self._stderr = sys.stderr  # lm-eval runs with its own bars muted
+        self._terminal = terminal or sys.stderr
         self._answers = {log.key_of(row): row for row in log.rows}
 
     @property
@@ -184,7 +186,7 @@ class EngineLM(TemplateLM):
         total = len(set(keys))
         self.asking = True
         with (
-            contextlib.redirect_stderr(self._stderr),
+            contextlib.redirect_stderr(self._terminal),
             progress(total, self.name, unit="request", initial=total - len(missing)) as bar,
         ):
             for found in answer(list(missing.values())) if missing else ():

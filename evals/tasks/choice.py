@@ -17,7 +17,6 @@ MMLU-Pro has 5 questions with a single option, which are kept: 12,032 is the num
 from __future__ import annotations
 
 import ast
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from evals.choices import GRADER_VERSION, LETTERS, find_choice, option_lines, sh
 from evals.source import Row, Source, check_ids, column
 from evals.tasks import Answer, Check, Grades, Item, Task, TaskData, gold_checks, single_turn
 from gift.cli import UserError
+from gift.data import read_rows
 from gift.rewards import Verdict
 
 PROMPT = (
@@ -67,12 +67,15 @@ class Question(NamedTuple):
 
 
 def texts(value: Any, where: str, name: str) -> list[str]:
-    """`value`, which must be a list of one to ten texts. Raises UserError naming `where` and the column `name`."""
+    """`value`, which must be a list of one to ten texts, without the blanks around them.
+
+    Raises UserError naming `where` and the column `name`.
+    """
     if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
         raise UserError(f"{where}: column {name!r} is not a list of texts: {value!r:.60}")
     if not 1 <= len(value) <= len(LETTERS):
         raise UserError(f"{where}: {len(value)} options; a question has 1 to {len(LETTERS)}")
-    return value
+    return [text.strip() for text in value]
 
 
 def index_of(answer: str, labels: Sequence[str], where: str) -> int:
@@ -97,7 +100,7 @@ def gpqa(row: Row, where: str) -> Question:
 def mmlu_pro(row: Row, where: str) -> Question:
     """A row of MMLU-Pro (Wang et al. 2024)."""
     options = texts(row.get("options"), where, "options")
-    right = index_of(column(row, ("answer",), where), LETTERS[: len(options)], where)
+    right = index_of(column(row, ("answer",), where), list(LETTERS[: len(options)]), where)
     return Question(
         column(row, ("question_id",), where),
         column(row, ("question",), where),
@@ -181,7 +184,7 @@ class ChoiceTask(Task):
         return TaskData(tuple(self._item(question) for question, _ in kept), found.source)
 
     def _item(self, question: Question) -> ChoiceItem:
-        parts = {"{question}": question.text, "{options}": option_lines(question.options)}
+        parts = {"{question}": question.text.strip(), "{options}": option_lines(question.options)}
         prompt = re.sub("|".join(map(re.escape, parts)), lambda match: parts[match[0]], self.prompt)
         gold = LETTERS[question.right]
         return ChoiceItem(question.id, prompt, gold, question.category, options=tuple(question.options))
@@ -250,8 +253,7 @@ def verdict(answer: Answer) -> Verdict:
 def labelled() -> tuple[Check, ...]:
     """Phrasings of model answers, written and labelled by hand: what a reader takes each of them to commit to."""
     checks = []
-    for number, line in enumerate(LABELLED.read_text(encoding="utf-8").splitlines(), start=1):
-        row = json.loads(line)
+    for number, row in enumerate(read_rows(LABELLED), start=1):
         options = tuple(row["options"])
         item = ChoiceItem(f"labelled-{number}", option_lines(options), row["gold"], options=options)
         checks.append(Check(single_turn(item, row["response"]), row["expected"] == row["gold"], "labelled"))

@@ -99,6 +99,8 @@ class Release:
                 rows.append(json.loads(line))
             except ValueError as error:
                 raise UserError(f"{path}:{number}: not JSON; get {self.url} again") from error
+            if not isinstance(rows[-1], dict):
+                raise UserError(f"{path}:{number}: not an object; get {self.url} again")
         known = hashlib.md5(text, usedforsecurity=False).hexdigest() == self.md5
         source = {
             "name": self.url if data_dir is None else self.file,

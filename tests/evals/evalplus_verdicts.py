@@ -1,4 +1,4 @@
-"""evalplus' own verdicts: reads [[task id, program], ...] as JSON, prints [[base, base and plus], ...] as its last line."""
+"""evalplus' own verdicts: reads [[task id, program], ...] as JSON; its last line is [[base, base and plus], ...]."""
 
 import json
 import sys

@@ -1,4 +1,6 @@
-"""Programs that attack the sandbox or the grader. Each defines `answer(x)`, none of which returns the right output, 2 x.
+"""Programs that attack the sandbox or the grader. Each defines `answer(x)`, which should return 2 x.
+
+None does so unless its attack succeeds, or it shows in another way that it did.
 
 `{folder}` is a folder of the host that is readable and writable, `{pid}` the grader's process, `{secret}` what stands
 in a file there and in the grader's environment. One that finds a way out of the sandbox leaves the file `escaped`.
@@ -57,7 +59,12 @@ def answer(x):
 """,
     "deep parentheses": "def answer(x): return " + "(" * 150 + "0" + ")" * 150,
     # Getting out
-    "network": "import socket\ndef answer(x):\n    socket.create_connection(('127.0.0.1', {port}), 2)\n    return 2 * x",
+    "network": """
+import socket
+def answer(x):
+    socket.create_connection(('127.0.0.1', {port}), 2)
+    return 2 * x
+""",
     "abstract socket": """
 import socket
 def answer(x):
@@ -66,7 +73,9 @@ def answer(x):
     return 2 * x
 """,
     "environment": "import os\ndef answer(x): return 0 if '{secret}' not in str(os.environ) else 2 * x",
-    "parent's environment": "def answer(x): return 2 * x if b'{secret}' in open('/proc/{pid}/environ', 'rb').read() else 0",
+    "parent's environment": """
+def answer(x): return 2 * x if b'{secret}' in open('/proc/{pid}/environ', 'rb').read() else 0
+""",
     "any process's environment": """
 import glob
 def answer(x): return 2 * x if any(b'{secret}' in open(f, 'rb').read() for f in glob.glob('/proc/*/environ')) else 0
@@ -95,7 +104,10 @@ def answer(x):
 import ctypes
 def answer(x): return 2 * x if ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0 else 0
 """,
-    "another user namespace": "import ctypes\ndef answer(x): return 2 * x if ctypes.CDLL(None).unshare(0x10000000) == 0 else 0",
+    "another user namespace": """
+import ctypes
+def answer(x): return 2 * x if ctypes.CDLL(None).unshare(0x10000000) == 0 else 0
+""",
     "raising limits": """
 import resource
 def answer(x):
@@ -105,10 +117,16 @@ def answer(x):
     "killing the parent": "import os\ndef answer(x):\n    os.kill({pid}, 0)\n    return 2 * x",
     "killing everyone": "import os\ndef answer(x): os.kill(-1, 9)",
     "killing the parent's group": "import os\ndef answer(x): os.killpg(os.getpgid(os.getppid()), 9)",
-    "tracing the parent": "import ctypes\ndef answer(x): return 2 * x if ctypes.CDLL(None).ptrace(16, {pid}, 0, 0) == 0 else 0",
+    "tracing the parent": """
+import ctypes
+def answer(x): return 2 * x if ctypes.CDLL(None).ptrace(16, {pid}, 0, 0) == 0 else 0
+""",
     "running a program": "import subprocess\ndef answer(x): subprocess.run(['touch', '{folder}/escaped'])",
     "becoming a program": "import os\ndef answer(x): os.execv('/usr/bin/touch', ['touch', '{folder}/escaped'])",
-    "spawning a program": "import os\ndef answer(x): os.posix_spawn('/usr/bin/touch', ['touch', '{folder}/escaped'], dict())",
+    "spawning a program": """
+import os
+def answer(x): os.posix_spawn('/usr/bin/touch', ['touch', '{folder}/escaped'], {})
+""",
     "typing into the terminal": """
 import fcntl, termios
 def answer(x):
@@ -237,7 +255,12 @@ def answer(x):
     while True: pass
 """,
     "at exit": "import atexit, os\natexit.register(os._exit, 0)\ndef answer(x): return 0",
-    "a finalizer": "class Last:\n    def __del__(self): raise SystemExit(0)\nlast = Last()\ndef answer(x): return Last()",
+    "a finalizer": """
+class Last:
+    def __del__(self): raise SystemExit(0)
+last = Last()
+def answer(x): return Last()
+""",
     "changing the input in place": "def answer(x, box=[]):\n    box.append(x)\n    return box",
     "an exception that says it passed": "class correct(BaseException): pass\ndef answer(x): raise correct",
     "no such function": "def other(x): return 2 * x",

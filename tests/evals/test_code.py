@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from other_programs import PROGRAMS
 
 from evals import sandbox as sandboxes
 from evals.ground_truth import Truths
 from evals.sandbox import Limits, Sandbox, works
-from evals.tasks import single_turn
 from evals.tasks import code as code_tasks
+from evals.tasks import single_turn
 from evals.tasks.code import TASKS
 from gift.cli import UserError
 
@@ -25,11 +26,11 @@ isolated = pytest.mark.skipif(
     not (works(Sandbox("bubblewrap")) or works(Sandbox("namespaces"))), reason="no sandbox here"
 )
 ROWS = {"humaneval_plus": 164, "mbpp_plus": 378}
-# Special oracles, helpers in the prompt, tolerances, odd outputs, and the slowest of what evalplus times out on.
+# Special oracles, helpers in the prompt, tolerances, odd outputs, and two of those that evalplus times out on.
 TELLING = {
     "humaneval_plus": ["HumanEval/0", "HumanEval/2", "HumanEval/32", "HumanEval/38", "HumanEval/50"],
     "mbpp_plus": [
-        "Mbpp/2", "Mbpp/84", "Mbpp/88", "Mbpp/124", "Mbpp/392", "Mbpp/558", "Mbpp/581", "Mbpp/590", "Mbpp/630",
+        "Mbpp/2", "Mbpp/84", "Mbpp/88", "Mbpp/124", "Mbpp/558", "Mbpp/581", "Mbpp/590", "Mbpp/630",
         "Mbpp/737", "Mbpp/793",
     ],
 }  # fmt: skip
@@ -104,25 +105,9 @@ def check_all(task, items) -> None:
 @real_data
 @isolated
 def test_verdicts_are_those_of_evalplus(tmp_path):
-    programs = {
-        "HumanEval/0": ["def has_close_elements(numbers, threshold): return False"],
-        "HumanEval/2": ["def truncate_number(number): return number % 1", "def truncate_number(number): return round(number % 1, 3)",
-                        "def truncate_number(number): return number % 1 + 1e-9", "def truncate_number(number): return int(number)"],
-        "HumanEval/34": ["def unique(l): return sorted(set(l))", "def unique(l): return tuple(sorted(set(l)))", "def unique(l): return set(l)"],
-        "HumanEval/50": ["def decode_shift(s): return ''.join(chr((ord(c) - 5 - 97) % 26 + 97) for c in s)"],
-        "Mbpp/2": ["def similar_elements(a, b): return [x for x in a if x in b]", "def similar_elements(a, b): return a"],
-        "Mbpp/88": ["from collections import Counter\ndef freq_count(l): return Counter(l)", "def freq_count(l): return {x: l.count(x) for x in l}",
-                    "def freq_count(l): return {x: 1 for x in l}"],
-        "Mbpp/558": ["def digit_distance_nums(a, b):\n    a, b = str(a), str(b)\n    n = max(len(a), len(b))\n"
-                     "    return sum(abs(int(x) - int(y)) for x, y in zip(a.zfill(n), b.zfill(n)))", "def digit_distance_nums(a, b): return abs(a - b)"],
-        "Mbpp/581": ["import math\ndef surface_Area(b, h): return round(b * b + 2 * b * math.sqrt(b * b / 4 + h * h))", "def surface_Area(b, h): return b * h"],
-        "Mbpp/737": ["def check_str(s): return bool(s) and s[0] in 'aeiouAEIOU' or None", "def check_str(s): return True"],
-        "Mbpp/790": ["def even_position(nums): return all(n % 2 == i % 2 for i, n in enumerate(nums))", "def even_position(nums): return 1",
-                     "def even_position(nums): raise SystemExit", "def even_position(nums:"],
-    }  # fmt: skip
-    items = {item.id: item for task in TASKS.values() for item in task.load(DATA).items if item.id in programs}
+    items = {item.id: item for task in TASKS.values() for item in task.load(DATA).items if item.id in PROGRAMS}
     script = Path(__file__).with_name("evalplus_verdicts.py")
-    solutions = [(id_, code) for id_, listed in programs.items() for code in [items[id_].gold, *listed]]
+    solutions = [(id_, code) for id_, listed in PROGRAMS.items() for code in [items[id_].gold, *listed]]
     for name in ("HumanEval", "Mbpp"):
         release = TASKS["humaneval_plus" if name == "HumanEval" else "mbpp_plus"].release
         (tmp_path / f"{name}.jsonl").write_bytes(gzip.decompress((DATA / release.file).read_bytes()))

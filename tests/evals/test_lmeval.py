@@ -1,5 +1,6 @@
 """lm-eval's tasks through the suite's engines, against lm-eval's own `hf` model over the same checkpoint."""
 
+import io
 import json
 import math
 import os
@@ -405,6 +406,19 @@ def test_metrics_are_those_of_lm_evals_own_model(evaluated, run, hf, toy_tasks, 
     assert written["lm_eval"].startswith("0.4.")
 
 
+def test_progress_is_shown_on_a_terminal_and_nothing_of_lm_evals(evaluated, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    evaluated(["toy_answer"], limit=2)
+    shown = [line for line in terminal.getvalue().split("\r") if line.strip()]
+    assert shown
+    assert all(line.startswith("gift: lm_eval:toy_answer: ") and "/2 [" in line for line in shown)
+
+
 def test_limit_gen_kwargs_shots_and_groups(evaluated, run):
     found = evaluated(["toy_answer"], limit=3, num_fewshot=1, gen_kwargs={"max_gen_toks": 5})
     assert [result.items for result in found.results] == [3]
@@ -453,10 +467,18 @@ def test_answers_made_otherwise_are_not_used(evaluated, run):
     assert [row["response"] for row in rows[len(first) :]] != [row["response"] for row in first]
 
 
+def test_an_engine_that_cannot_be_built_ends_it(evaluated):
+    def build(policy):
+        raise UserError(f"no memory for {policy}")
+
+    with pytest.raises(GenerationError, match="no memory for gift"):
+        evaluated(["toy_answer", "toy_choice"], build)
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("gone", r"^lm_eval:toy_gone: cannot be loaded \(FileNotFoundError: .*gone.jsonl.*local files"),
+        ("gone", r"^lm_eval:toy_gone: cannot be loaded \(FileNotFoundError: .*gone.jsonl.*local files),
         ("unsafe", "unconfined; take the suite's code tasks"),
         ("beams", r"^lm_eval:toy_beams.*num_beams=4"),
         ("broken", r"stopped with KeyError: .*missing.*; the responses so far are in .*toy_broken.jsonl"),

@@ -187,7 +187,7 @@ def test_lm_eval_gives_the_suites_verdicts(manager, tokenizer, monkeypatch, name
 
 def test_what_is_missing_is_told_as_the_task_tells_it(manager, tmp_path, monkeypatch):
     monkeypatch.setenv(DATA_DIR, str(tmp_path))
-    with pytest.raises(UserError, match=r"gsm8k/test.jsonl: no such file; put the GSM8K test set there"):
+    with pytest.raises(UserError, match=r"gsm8k/test.jsonl: no such file.*; in lm-eval, GIFT_DATA_DIR"):
         manager.load("gift_gsm8k")
 
 

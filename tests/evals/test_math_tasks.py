@@ -70,6 +70,7 @@ def test_corrupted_solutions_are_wrong(name):
 
 
 @real_data
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_self_check_finds_no_fault_in_strict_and_the_known_ones_in_paper(name):
     task = math.TASKS[name]

@@ -137,7 +137,7 @@ def test_closing_the_sandbox_ends_what_runs(box):
 
 def test_without_isolation_it_says_what_to_do(monkeypatch):
     monkeypatch.setattr(sandboxes, "_isolation", lambda: None)
-    with pytest.raises(UserError, match="install bubblewrap .* or give --unsafe-code"):
+    with pytest.raises(UserError, match=r"install bubblewrap .* or give --unsafe-code"):
         sandboxes.sandbox()
     assert sandboxes.sandbox(unsafe=True).isolation == "none"
 

@@ -108,7 +108,7 @@ def test_brackets_of_another_kind_and_other_elements_are_wrong(answer, gold):
         (boxed(r"\dfrac{2}{4}"), r"\frac{1}{2}", "response:math_verify"),
         (boxed(r"2\sqrt{3}"), r"\sqrt{12}", "response:math_verify"),
         (boxed("113.1"), r"36\pi", "boxed:openmath"),
-        (boxed("sqrt(3) - 1"), r"-1 + \sqrt{3}", "boxed:openmath"),
+        (boxed("sqrt(3) - 1"), r"-1 + \sqrt{3}", "response:math_verify"),
         (boxed("(3.14159, 200)"), r"(\pi, 2)", "boxed:openmath"),
         ("The final answer is $18$. I hope it is correct.", "18", "response:math_verify"),
         ("12 + 7 = 19, so we need to", "19", "response:math_verify"),
