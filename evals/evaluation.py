@@ -59,7 +59,7 @@ def evaluate(
     if "grade" in verbs:
         for policy in policies:
             for work in everything:
-                missing.update(grade(run, policy, work))
+                missing = {**grade(run, policy, work), **missing}
     write_items(run)
     results = [
         summarize(
@@ -159,11 +159,12 @@ def grade(run: RunDir, policy: str, work: Loaded) -> dict[str, str]:
     failed = {}
     for task in work.tasks:
         if policy not in policies_of(run, work.plan.suite.name, task):
+            failed[task.name] = f"nothing is sampled of it by {policy} yet"
             continue
         about = run.manifest["eval"][work.plan.suite.name]
         check_source(run, about, work, task)
         entry = about["tasks"][task.name]
-        rows = ungraded(run.path, policy, task, work.items(task))
+        rows, before = ungraded(run.path, policy, task, work.items(task)), entry.get("graders", {})
         entry.update(graders=dict(task.graders), metric=task.metric)
         run.save()
         try:
@@ -176,7 +177,10 @@ def grade(run: RunDir, policy: str, work: Loaded) -> dict[str, str]:
                     grade_samples(run.path, policy, task, work.items(task), rows, about["protocol"].get("system"), bar)
                 say(f"{name}: {len(rows)} samples")
         except UserError as error:
-            failed[task.name] = f"its samples are there, but cannot be graded: {error}"
+            failed[task.name] = f"its samples are there, but not all are graded: {error}"
+            if len(ungraded(run.path, policy, task, work.items(task))) == len(rows):  # what graded them before, stands
+                entry["graders"] = before
+                run.save()
     return failed
 
 

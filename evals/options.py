@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evals.suites import PROTOCOLS, SUITES, Protocol, Suite, find, plan, read_protocol
+from evals.judge import judge_from_environment
+from evals.lmeval import PREFIX
+from evals.suites import PROTOCOLS, SUITES, Plan, Protocol, Suite, find, plan, read_protocol
+from evals.tasks import Task
+from evals.tasks.chat import ChatTask
+from evals.tasks.code import CodeTask
 from gift.cli import UserError, positive
 from gift.generation import RepetitionGuard
 from gift.recipe import Generation, build
@@ -19,7 +24,6 @@ from gift.records import RunDir
 
 HF = Generation()
 VERBS = ("generate", "grade")
-LM_EVAL = "lm_eval:"  # what the names of lm-eval's own tasks begin with
 GUARD = RepetitionGuard()
 # Settings by the names of their options, which are None where the command line does not say.
 COUNTS = ("runs", "samples_per_run")
@@ -49,7 +53,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--model", help="a checkpoint folder, a Hub id, or a run directory (then every checkpoint of it)")
     add("--generations", type=Path, help="in place of a model: a .jsonl or .parquet file of completions to grade")
     add("--policy", action="append", default=[], help="of a run directory, evaluate only this policy (repeatable)")
-    task = f"only this task of the suite, or {LM_EVAL}NAME for one of lm-eval's own (repeatable)"
+    task = f"only this task of the suite, or {PREFIX}NAME for one of lm-eval's own (repeatable)"
     add("--task", action="append", default=[], help=task)
     add("--limit", type=positive, help="only the first LIMIT items of each task (default: as the run's recipe says)")
     add(
@@ -100,6 +104,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"{args.data_dir}: no such folder; --data-dir holds e.g. gsm8k/test.jsonl")
     if args.suite == "all" and args.task:
         raise UserError("--task names a task of one suite; leave out --suite, or name that suite instead of 'all'")
+    if args.generations is not None and lm_eval_tasks(args):
+        raise UserError(f"{PREFIX} tasks need a model: lm-eval makes their prompts as it goes")
     if args.generations is not None:
         idle = given(args, ("model", "policy", *SAMPLING, *ENGINE, "seed", "dtype", "batch_size"))
         if idle:
@@ -111,11 +117,11 @@ def chosen(args: argparse.Namespace) -> list[Choice]:
 
     A task without a suite is that of the first suite that has it.
     """
-    tasks = [name for name in args.task if not name.startswith(LM_EVAL)]
+    tasks = [name for name in args.task if not name.startswith(PREFIX)]
     if args.suite == "all":
         names: dict[str, list[str]] = {name: [] for name in SUITES}
     elif args.suite is not None or not args.task:
-        names = {args.suite or "nano": tasks}
+        names = {args.suite or "nano": tasks} if tasks or not args.task else {}
     else:
         homes = {task: name for name, suite in reversed(SUITES.items()) for task in suite.tasks}
         names = {}
@@ -132,7 +138,21 @@ def chosen(args: argparse.Namespace) -> list[Choice]:
 
 def lm_eval_tasks(args: argparse.Namespace) -> list[str]:
     """The names of lm-eval's own tasks that are asked for."""
-    return [name.removeprefix(LM_EVAL) for name in args.task if name.startswith(LM_EVAL)]
+    return [name.removeprefix(PREFIX) for name in args.task if name.startswith(PREFIX)]
+
+
+def equipped(plan: Plan, *, unsafe_code: bool) -> Plan:
+    """The plan with tasks that know how their grader is run; one judge, with one budget, for all of the command."""
+
+    def ready(task: Task) -> Task:
+        if isinstance(task, CodeTask):
+            return replace(task, unsafe=unsafe_code)
+        if isinstance(task, ChatTask):
+            with suppress(UserError):  # without a judge the samples are made, and grading says what to set
+                return replace(task, judge=judge_from_environment())
+        return task
+
+    return replace(plan, tasks=tuple(map(ready, plan.tasks)))
 
 
 def protocol_of(args: argparse.Namespace, suite: Suite) -> Protocol:

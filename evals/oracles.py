@@ -1,12 +1,12 @@
 """Whether an output of untrusted code is the expected one, by the rules of evalplus (github.com/evalplus/evalplus).
 
 Outputs arrive as bytes of `marshal` version 2 (evals/code_worker.py). Equal bytes are equal values, which settles
-nearly every comparison; the rest is decoded here, into built-in types only, by a decoder that hostile bytes can
-neither crash nor stall as they could `marshal.loads`.
+nearly every comparison. The rest is decoded here, into built-in types only: `marshal.loads` makes code objects too,
+and hostile bytes can crash or stall it.
 
 Departures from evalplus 0.3.1: `find_zero` (HumanEval/32) can pass; a special oracle sees the arguments as they were
-before the call; of an output longer than evals/code_worker.py's INLINE_BYTES only the digest is compared, so that
-there 1 is not 1.0. Only the five longest outputs of Mbpp/255 are that long.
+before the call; an output with nan equals one that has nan in the same place; of an output longer than INLINE_BYTES
+of evals/code_worker.py only the digest is compared, so that there 1 is not 1.0: the five longest of Mbpp/255.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import hashlib
 import marshal
 import re
 import struct
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -232,8 +231,7 @@ def accepts(
     if reply.kind != "value" or not known or len(reply.payload) > MAX_GROWTH * len(known) + PACK_BYTES:
         return False
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with np.errstate(all="ignore"):
             output, wanted = decode(reply.payload), decode(known)
             if is_root:
                 return bool(abs(special._poly(*arguments, output)) <= atol)

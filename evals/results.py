@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from evals.ratings import Ratings, category_ratings
 from evals.sampling import Throughput
-from evals.stats import Interval, accuracy_interval, clustered_mean, pass_at_k
+from evals.stats import Interval, accuracy_interval, pass_at_k
+from evals.suites import Protocol
 from evals.tables import print_table
+from gift.recipe import build
 from gift.records import RunDir, write_table
 from gift.samples import graded_samples
 
 PASS_AT = (1, 2, 4, 8, 32)
+PROTOCOL_SETTINGS = {entry.name for entry in fields(Protocol)}
 SHOWN = 3  # how many of the answers that a grader mistakes are named
 Row = Mapping[str, Any]
 
@@ -24,12 +29,12 @@ Row = Mapping[str, Any]
 class TaskResult:
     """One policy on one task, as far as its samples are graded.
 
-    `score` is the mean accuracy of the runs, or for a task whose metric is 'rating' the mean rating; None where nothing
-    is graded. `others` has the accuracy by each of the other graders, and on how many samples it differs. `ratings` are
-    the mean ratings by category. `truncated` and `no_answer` are shares of samples, `repetitive` (ended by the guard),
-    `ungraded` (the grader failed or ran out of time) and `pending` (not graded yet) count samples, `missing` counts
-    samples that were not drawn yet, `no_room` and `less_room` count items whose prompt leaves no or less room than the
-    protocol allows. `tokens` is the mean length of the completions whose length is known, None where it is of none.
+    `score` is the mean accuracy of the runs, or where the metric is 'rating' the total rating; None where nothing is
+    graded. `others` has the accuracy by each of the other graders, and on how many samples it differs. `ratings` has
+    what a judge says in more detail. `truncated` and `no_answer` are shares of samples; `repetitive` (ended by the
+    guard), `ungraded` (the grader failed or ran out of time), `pending` (not graded yet) and `missing` (not drawn yet)
+    count samples; `no_room` and `less_room` count items whose prompt leaves no or less room than the protocol allows.
+    `tokens` is the mean length of the completions whose length is known, None where it is of none.
     """
 
     policy: str
@@ -40,7 +45,7 @@ class TaskResult:
     score: Interval | None
     pass_at: dict[int, float]
     others: dict[str, tuple[float, int]]
-    ratings: dict[str, Interval]
+    ratings: Ratings | None
     truncated: float
     no_answer: float
     repetitive: int
@@ -133,20 +138,20 @@ def summarize(
     reported = next(iter(graders), "")
     graded = [row for row in rows if reported in row["verdicts"]]
     statuses = [row["verdicts"][reported]["status"] for row in graded]
-    is_rating = entry.get("metric") == "rating"
-    counts = [] if is_rating else counts_of(graded, reported)
-    ratings = ratings_of(graded, reported) if is_rating else {}
+    metric = entry.get("metric", "accuracy")
+    counts = counts_of(graded, reported) if metric == "accuracy" else []
+    ratings = ratings_of(graded, reported) if metric == "rating" else None
     lengths = [row["tokens"] for row in rows if row["tokens"] is not None]
     return TaskResult(
         policy=policy,
         suite=suite,
         task=task,
-        metric="rating" if is_rating else "accuracy",
+        metric=metric,
         items=number,
-        score=ratings.get("all") if is_rating else accuracy_interval(counts) if counts else None,
+        score=ratings.total if ratings is not None else accuracy_interval(counts) if counts else None,
         pass_at=pass_at(counts),
-        others={} if is_rating else {name: agreement(graded, reported, name) for name in list(graders)[1:] if graded},
-        ratings={category: rating for category, rating in ratings.items() if category != "all"},
+        others={name: agreement(graded, reported, name) for name in list(graders)[1:] if counts},
+        ratings=ratings,
         truncated=share(row["finish_reason"] == "length" for row in rows),
         no_answer=share(status == "no_answer" for status in statuses),
         repetitive=sum(row["finish_reason"] == "repetition" for row in rows),
@@ -191,17 +196,9 @@ def share_by_item(graded: Sequence[Row], grader: str) -> float:
     return fmean(correct / n for n, correct in counts) if counts else 0.0
 
 
-def ratings_of(graded: Sequence[Row], grader: str) -> dict[str, Interval]:
-    """Mean rating by category, and 'all' over all, with intervals over the questions that the turns belong to."""
-    sums: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
-    for row in graded:
-        verdict = row["verdicts"][grader]
-        if verdict["status"] == "rated":
-            question = row["item"].rpartition("-")[0]
-            for category in (row["category"], "all"):
-                sums[category][question][0] += 1
-                sums[category][question][1] += verdict["score"]
-    return {category: clustered_mean(*zip(*questions.values(), strict=True)) for category, questions in sums.items()}
+def ratings_of(graded: Sequence[Row], grader: str) -> Ratings:
+    """The ratings that a judge gave."""
+    return category_ratings({**row, **row["verdicts"][grader]} for row in graded)
 
 
 def share(flags: Iterator[bool]) -> float:
@@ -214,11 +211,11 @@ def share(flags: Iterator[bool]) -> float:
 # For people
 
 
-def print_results(run: RunDir, suite: str, origin: str, results: Sequence[TaskResult]) -> None:
-    """The summary of one suite: a table, its graders, and what deserves a remark. `origin`: how it was sampled."""
+def print_results(run: RunDir, suite: str, results: Sequence[TaskResult]) -> None:
+    """The summary of one suite: a table, its graders, and what deserves a remark."""
     about = run.manifest["eval"][suite]
     protocol, entries = about["protocol"], about["tasks"]
-    print(f"\n{suite}: {protocol['runs']} x {protocol['samples_per_run']} samples an item, {origin}")
+    print(f"\n{suite}: {protocol['runs']} x {protocol['samples_per_run']} samples an item, {origin_of(run, protocol)}")
     ks = sorted({k for result in results for k in result.pass_at if k > 1})
     pass_columns = [f"pass@{k}" for k in ks]
     header = ["task", "policy", "items", "score [95%]", *pass_columns, "cut off", "no answer", "tokens", "tokens/s"]
@@ -226,12 +223,20 @@ def print_results(run: RunDir, suite: str, origin: str, results: Sequence[TaskRe
     if any(result.metric == "accuracy" for result in results):
         print("score: mean accuracy of the runs (pass@1) in %; pass@k: unbiased estimate from all samples of an item")
     if any(result.metric == "rating" for result in results):
-        print("score: mean rating by the judge, 1 to 10")
+        print("score: mean of the categories' mean ratings by the judge, 1 to 10")
     for task in dict.fromkeys(result.task for result in results):
         print(f"{task}: {grader_line(entries[task])}")
     for result in results:
         for remark in remarks(result, protocol):
             print(f"{result.task}, {result.policy}: {remark}")
+
+
+def origin_of(run: RunDir, protocol: Row) -> str:
+    """How the samples of a recorded protocol came to be, in words."""
+    if protocol["engine"] == "replay":
+        return f"from {run.manifest['recipe']['generations']}"
+    known = {name: value for name, value in protocol.items() if name in PROTOCOL_SETTINGS}
+    return build(Protocol, {"name": "", **known}, str(run.path)).described()
 
 
 def cells_of(result: TaskResult, ks: Sequence[int]) -> list[str]:
@@ -249,10 +254,10 @@ def cells_of(result: TaskResult, ks: Sequence[int]) -> list[str]:
 
 
 def interval(value: Interval, metric: str) -> str:
-    """An estimate and its interval: an accuracy in percent, a rating as it is."""
+    """An estimate and its interval: an accuracy in percent, a rating as it is. One question alone has no interval."""
     scale, digits = (1, 2) if metric == "rating" else (100, 1)
     estimate, low, high = (f"{scale * number:.{digits}f}" for number in (value.estimate, value.low, value.high))
-    return f"{estimate} [{low}, {high}]"
+    return f"{estimate} [{low}, {high}]" if math.isfinite(value.low) else estimate
 
 
 def grader_line(entry: Row) -> str:
@@ -272,8 +277,8 @@ def remarks(result: TaskResult, protocol: Row) -> Iterator[str]:
     """What a reader of the numbers should know."""
     for name, (accuracy, differ) in result.others.items():
         yield f"{100 * accuracy:.1f} by {name}, which differs on {differ} samples"
-    for category, value in result.ratings.items():
-        yield f"{category} {interval(value, result.metric)}"
+    if result.ratings is not None:
+        yield from rating_remarks(result.ratings)
     if result.missing:
         yield f"{result.missing} samples are not there yet; generate goes on with them"
     if result.pending:
@@ -288,6 +293,17 @@ def remarks(result: TaskResult, protocol: Row) -> Iterator[str]:
         yield f"{result.ungraded} answers have no rating (status error); they are in no mean"
     elif result.ungraded:
         yield f"{result.ungraded} answers could not be graded (status timeout or error); they count as wrong"
+
+
+def rating_remarks(ratings: Ratings) -> Iterator[str]:
+    """Ratings by category and turn, and what is known to be wrong with them."""
+    by_category = [f"{category} {interval(value, 'rating')}" for category, value in ratings.categories.items()]
+    by_turn = [f"turn {turn} {interval(value, 'rating')}" for turn, value in ratings.turns.items()]
+    if by_category:
+        yield ", ".join([*by_category, *by_turn])
+    if ratings.disputed and ratings.undisputed is not None:
+        without = interval(ratings.undisputed, "rating")
+        yield f"{len(ratings.disputed)} questions have a disputed reference; without them {without}"
 
 
 def print_disagreements(run: RunDir, suite: str, results: Sequence[TaskResult]) -> None:

@@ -20,8 +20,21 @@ from pathlib import Path
 
 from evals.compare import compare_command
 from evals.evaluation import evaluate
+from evals.lmeval import PREFIX
+from evals.lmeval.command import evaluate_and_print
 from evals.manifest import policies_of
-from evals.options import LM_EVAL, VERBS, Choice, check, chosen, generation_of, given, named_as_options, parse
+from evals.options import (
+    VERBS,
+    Choice,
+    check,
+    chosen,
+    equipped,
+    generation_of,
+    given,
+    lm_eval_tasks,
+    named_as_options,
+    parse,
+)
 from evals.results import Evaluation, TaskResult, print_disagreements, print_results, summarize
 from evals.subjects import engine_factory, opened, standalone_status
 from evals.suites import PROTOCOLS, SUITES, Plan, plan
@@ -62,7 +75,7 @@ def print_suites() -> None:
         print(f"suite {suite.name} (protocol {suite.protocol.name})")
         for task in suite.tasks.values():
             print(f"  {task.name:<16} {task.label} ({task.group}): {task.origin}")
-    print(f"task {LM_EVAL}NAME: any task of lm-eval, under its own protocol")
+    print(f"task {PREFIX}NAME: any task of lm-eval, under its own protocol")
     for protocol in PROTOCOLS.values():
         counts = f"{protocol.runs} runs x {protocol.samples_per_run} samples"
         print(f"protocol {protocol.name}: {counts}, {protocol.described()}")
@@ -76,35 +89,43 @@ def main(argv: list[str]) -> int:
         print_suites()
         return 0
     if args.compare is not None:
-        return compare_command(*args.compare, None if args.model is None else Path(args.model))
+        a, b = args.compare
+        return compare_command(a, b, None if args.model is None else Path(args.model))
     check(args)
     quiet_transformers()
-    verbs = [args.verb] if args.verb else VERBS
-    choices = chosen(args)
+    choices, others = chosen(args), lm_eval_tasks(args)
     generation, dtype = None if args.generations else generation_of(args), args.dtype or "auto"
     with opened(args) as (run, policies):
-        plans = plans_of(args, run, choices)
-        if verbs == ["report"]:
+        plans = [equipped(each, unsafe_code=args.unsafe_code) for each in plans_of(args, run, choices)]
+        if args.verb == "report":
             evaluation = Evaluation(report(run, policies, plans), {})
-        else:
-            with standalone_status(run) as outcome:
-                evaluation = evaluate(
-                    run,
-                    policies,
-                    plans,
-                    engine_for=engine_factory(run, generation, dtype),
-                    generation=generation,
-                    dtype=dtype,
-                    batch_size=args.batch_size,
-                    verbs=verbs,
-                )
-                outcome.complete = not evaluation.missing
-    origin = f"from {args.generations}" if args.generations else ""
-    show(run, plans, evaluation, origin, disagreements=args.disagreements)
-    return int(bool(evaluation.missing))
+            show(run, plans, evaluation, disagreements=args.disagreements)
+            return 0
+        engine_for = engine_factory(run, generation, dtype)
+        with standalone_status(run) as outcome:
+            evaluation = evaluate(
+                run,
+                policies,
+                plans,
+                engine_for=engine_for,
+                generation=generation,
+                dtype=dtype,
+                batch_size=args.batch_size,
+                verbs=[args.verb] if args.verb else VERBS,
+            )
+            show(run, plans, evaluation, disagreements=args.disagreements)
+            missing = evaluation.missing
+            if others and generation is not None:
+                own = given(args, ("seed", "limit", "batch_size"))
+                lm_eval = {"engine_for": engine_for, "generation": generation, "dtype": dtype, **own}
+                missing |= evaluate_and_print(run, policies, others, **lm_eval)
+            outcome.complete = not missing
+    for task, reason in missing.items():
+        print(f"not evaluated: {task}: {reason}")
+    return int(bool(missing))
 
 
-def show(run: RunDir, plans: Sequence[Plan], evaluation: Evaluation, origin: str, *, disagreements: bool) -> None:
+def show(run: RunDir, plans: Sequence[Plan], evaluation: Evaluation, *, disagreements: bool) -> None:
     """The summary of an evaluation."""
     for each in plans:
         name = each.suite.name
@@ -112,11 +133,9 @@ def show(run: RunDir, plans: Sequence[Plan], evaluation: Evaluation, origin: str
         results = [result for result in evaluation.results if result.suite == name]
         results.sort(key=lambda result: order.index(result.task))
         if results:
-            print_results(run, name, origin or each.protocol.described(), results)
+            print_results(run, name, results)
         if disagreements:
             print_disagreements(run, name, results)
-    for task, reason in evaluation.missing.items():
-        print(f"not evaluated: {task}: {reason}")
     if evaluation.results:
         print(f"in {run.path}: samples/ and verdicts/ (<policy>/<task>.jsonl), items.parquet, manifest.json")
 

@@ -105,11 +105,14 @@ KINDS: dict[int, Literal["value", "digest", "other", "raised"]] = {
 
 
 class StoppedError(Exception):
-    """A program that was ended before it had answered every call. `reason` is for people."""
+    """A program that was ended before it had answered every call.
 
-    def __init__(self, reason: str, *, timeout: bool = False) -> None:
+    `reason` is for people. `status` is 'error' if that was no fault of the program.
+    """
+
+    def __init__(self, reason: str, status: Literal["wrong", "timeout", "error"] = "wrong") -> None:
         super().__init__(reason)
-        self.timeout = timeout
+        self.status = status
 
 
 class Sandbox:
@@ -149,7 +152,10 @@ class Sandbox:
         }
         with self._started(marshal.dumps(request)) as stream:
             replies = _Channel(stream, self.limits.reply_bytes)
-            replies.expect(code_worker.READY, self.limits.start_s, "start")
+            try:
+                replies.expect(code_worker.READY, self.limits.start_s, "start")
+            except StoppedError as stopped:
+                raise StoppedError(str(stopped), "error") from stopped
             replies.end = time.monotonic() + total_s
             for number, group in enumerate(program.groups):
                 replies.expect(code_worker.LOADED, self.limits.load_s, "load")
@@ -173,7 +179,9 @@ class Sandbox:
             reading, writing = os.pipe()
             stack.callback(os.close, reading)
             try:
-                folder = stack.enter_context(tempfile.TemporaryDirectory()) if self.isolation != "bubblewrap" else "/"
+                folder = "/"
+                if self.isolation != "bubblewrap":
+                    folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
                 process = subprocess.Popen(
                     [*_command(self.isolation, self.limits.tmp_bytes, folder), str(writing)],
                     stdin=stdin,
@@ -184,12 +192,14 @@ class Sandbox:
                     cwd=folder,
                     process_group=0,
                 )
+            except OSError as error:
+                raise StoppedError(f"did not start: {error.strerror}", "error") from error
             finally:
                 os.close(writing)
             stack.callback(self._end, process)
             self._live.add(process)
             if self._closed:
-                raise StoppedError("was not started: the sandbox is closed")
+                raise StoppedError("was not started: the sandbox is closed", "error")
             yield reading
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
@@ -231,8 +241,9 @@ class _Channel:
 
     def _read(self, size: int, deadline: float, doing: str) -> bytes:
         while len(self.buffer) < size:
-            if not self.poll.poll(max(deadline - time.monotonic(), 0) * 1000):
-                raise StoppedError(f"took too long to {doing}", timeout=True)
+            left = deadline - time.monotonic()  # of a reply that comes byte by byte, too
+            if left <= 0 or not self.poll.poll(left * 1000):
+                raise StoppedError(f"took too long to {doing}", "timeout")
             part = os.read(self.stream, 1 << 20)
             if not part:
                 raise StoppedError(f"died before it could {doing}")

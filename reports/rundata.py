@@ -41,7 +41,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Task:
-    """One evaluated task; `items` is how many a complete evaluation has, `graders` name to version, the reported first."""
+    """One evaluated task: how many items a complete evaluation has, and its graders, the reported one first."""
 
     name: str
     label: str

@@ -286,7 +286,7 @@ def _first_failure(
         try:
             reply = next(replies)
         except StoppedError as stopped:
-            return ("timeout" if stopped.timeout else "wrong"), f"input {number}: {stopped}"
+            return stopped.status, f"input {number}: {stopped}"
         if not accepts(problem.dataset, problem.entry_point, arguments, expected, reply, atol):
             what = f"raised {reply.payload.decode(errors='replace')}" if reply.kind == "raised" else "wrong output"
             return "wrong", f"input {number}: {what}"

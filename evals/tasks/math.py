@@ -113,7 +113,7 @@ class MathTask(BoxedTask):
             raise UserError(f"{where}: no final answer in column {present(row, self.answer)!r}")
         own_id = present(row, self.id)
         return Item(
-            id=f"{self.name}-{index}" if own_id is None else str(row[own_id]),
+            id=f"{self.name.partition('@')[0]}-{index}" if own_id is None else str(row[own_id]),
             prompt=self.prompt.replace("{problem}", problem),
             gold=gold,
             category=str(row.get("subject", "")),

@@ -74,11 +74,11 @@ def answer(x):
 """,
     "environment": "import os\ndef answer(x): return 0 if '{secret}' not in str(os.environ) else 2 * x",
     "parent's environment": """
-def answer(x): return 2 * x if b'{secret}' in open('/proc/{pid}/environ', 'rb').read() else 0
+def answer(x): return 2 * x if open('/proc/{pid}/environ', 'rb').read() else 0
 """,
     "any process's environment": """
 import glob
-def answer(x): return 2 * x if any(b'{secret}' in open(f, 'rb').read() for f in glob.glob('/proc/*/environ')) else 0
+def answer(x): return 2 * x if any(open(file, 'rb').read() for file in glob.glob('/proc/*/environ')) else 0
 """,
     "home": "import os\ndef answer(x): return 2 * x if os.listdir(os.path.expanduser('~')) else 0",
     "reading a file": "def answer(x): return 2 * x if '{secret}' in open('{folder}/secret').read() else 0",
@@ -220,6 +220,15 @@ def answer(x):
         try: os.write(descriptor, b"v" + b"\\xff" * 8)
         except OSError: pass
     while True: pass
+""",
+    "a reply that comes byte by byte": """
+import os, time
+def answer(x):
+    for byte in b"v" + (1 << 20).to_bytes(8, "little") + bytes(1 << 20):
+        for descriptor in range(3, 64):
+            try: os.write(descriptor, bytes([byte]))
+            except OSError: pass
+        time.sleep(0.01)
 """,
     "closing every descriptor": "import os\ndef answer(x): os.closerange(0, 64)",
     "a thread that writes replies": f"""

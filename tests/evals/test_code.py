@@ -214,7 +214,7 @@ def test_a_program_that_ran_out_of_time_is_tried_again_alone(small, monkeypatch)
                 alone.append(len(running) == 1)
         try:
             if slow and len(attempts) == 1:
-                raise sandboxes.StoppedError("took too long to answer", timeout=True)
+                raise sandboxes.StoppedError("took too long to answer", "timeout")
             yield from original(self, program, total_s)
         finally:
             running.discard(id(program))

@@ -85,7 +85,8 @@ def test_the_preamble_is_the_prompts_imports_and_helpers():
 @pytest.mark.parametrize(
     "piece",
     ["```\n", "```python\narea\n", "```python\ndef g(): return area\n```\n", "    x\n", "def area(r):\n", "</think>",
-     "`", "(", "[", "-", "not ", "a.", "f(", "1+", "lambda:", "elif 1: pass\n", "x=area\n", "@a\n", ">", "~~~ ", "\\", "'"],
+     "`", "(", "[", "-", "not ", "a.", "f(", "1+", "lambda:", "elif 1: pass\n", "x=area\n", "@a\n", ">", "~~~ ",
+     "\\", "'"],
 )  # fmt: skip
 def test_extraction_takes_no_time_on_text_made_to_stall_it(piece):
     for prefix in ("", "```python\ndef area(r): pass\n", "area = "):

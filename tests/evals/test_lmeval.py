@@ -478,7 +478,7 @@ def test_an_engine_that_cannot_be_built_ends_it(evaluated):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("gone", r"^lm_eval:toy_gone: cannot be loaded \(FileNotFoundError: .*gone.jsonl.*local files),
+        ("gone", r"^lm_eval:toy_gone: cannot be loaded \(FileNotFoundError: .*gone.jsonl.*local files"),
         ("unsafe", "unconfined; take the suite's code tasks"),
         ("beams", r"^lm_eval:toy_beams.*num_beams=4"),
         ("broken", r"stopped with KeyError: .*missing.*; the responses so far are in .*toy_broken.jsonl"),

@@ -563,7 +563,7 @@ def test_generations_are_a_policy_of_a_run_of_their_own(command, capsys):
     (node,) = run.manifest["lineage"]
     assert (node["id"], node["weights_sha256"], node["checkpoint"]) == ("gpt-x", digest, str(file.resolve()))
     protocol = run.manifest["eval"]["toy"]["protocol"]
-    assert protocol == {"runs": 4, "samples_per_run": 2, "prompt": "{problem}", "engine": "replay"}
+    assert protocol == {"runs": 4, "samples_per_run": 2, "engine": "replay"}
     assert run.manifest["eval"]["toy"]["tasks"]["small"]["policies"]["gpt-x"]["chat_template_sha256"] is None
     rows = [row for log in sorted((run.path / "samples").rglob("*.jsonl")) for row in read_jsonl(log)]
     stored = {(row["item"], row["run"], row["sample"]): row["completion"] for row in read_jsonl(file)}

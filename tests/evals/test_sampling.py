@@ -238,7 +238,8 @@ class Saying(MadeUpEngine):
 
     def __init__(self) -> None:
         super().__init__(tiny_tokenizer())
-        self.tokenizer.chat_template = "{% for m in messages %}{{ '<user>' if m['role'] == 'user' else '' }}{{ m['content'] }}{% endfor %}<assistant>"
+        turn = "{{ '<user>' if m['role'] == 'user' else '' }}{{ m['content'] }}"
+        self.tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}<assistant>"
         self.temperatures = []
 
     def stream(self, requests, params):

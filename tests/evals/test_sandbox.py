@@ -113,7 +113,7 @@ def test_a_call_past_its_limit_stops_the_program(box):
     begin = time.monotonic()
     with pytest.raises(StoppedError, match="took too long to answer") as stopped:
         run(box, "import time\ndef answer(x): time.sleep(x)", 0, 60, seconds=0.5)
-    assert stopped.value.timeout
+    assert stopped.value.status == "timeout"
     assert time.monotonic() - begin < 5
 
 
@@ -133,6 +133,20 @@ def test_closing_the_sandbox_ends_what_runs(box):
         run(box, "import time\ndef answer(x): time.sleep(60)", 0)
     with pytest.raises(StoppedError, match="closed"):
         run(box, "def answer(x): return x", 0)
+
+
+def test_a_sandbox_that_does_not_start_is_no_fault_of_the_program(monkeypatch):
+    monkeypatch.setattr(sandboxes, "_command", lambda *_: ["/bin/false"])
+    with pytest.raises(StoppedError, match="died before it could start") as stopped:
+        run(Sandbox("bubblewrap"), "def answer(x): return x", 0)
+    assert stopped.value.status == "error"
+
+
+def test_a_sandbox_that_is_gone_is_no_fault_of_the_program(monkeypatch):
+    monkeypatch.setattr(sandboxes, "_command", lambda *_: ["/no/such/tool"])
+    with pytest.raises(StoppedError, match="did not start: No such file") as stopped:
+        run(Sandbox("bubblewrap"), "def answer(x): return x", 0)
+    assert stopped.value.status == "error"
 
 
 def test_without_isolation_it_says_what_to_do(monkeypatch):
@@ -241,7 +255,9 @@ def answer(x):
     assert seen == [False, False, False, [(1, "lo")], [], []]
 
 
-@pytest.mark.parametrize("name", ["reading a file", "reading through a link", "reading the repository", "home"])
+@pytest.mark.parametrize(
+    "name", ["reading a file", "reading the repository", "home", "parent's environment", "any process's environment"]
+)
 def test_the_attacks_would_work_without_isolation(name, host, monkeypatch):
     values, _ = host
     monkeypatch.setitem(sandboxes.ENVIRONMENT, "HOME", str(values["folder"]))

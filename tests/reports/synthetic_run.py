@@ -258,7 +258,7 @@ def write_samples(folder: Path, correct: dict[str, Outcomes], completion: str | 
                         **key,
                         "grader": "strict",
                         "version": GRADERS["strict"],
-                        "of": hashlib.sha256(text.encode()).hexdigest()[:16],
+                        "of": hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16],
                         "extracted": answer if completion is None else completion,
                         "status": "correct" if right else "wrong",
                         "score": float(right),
