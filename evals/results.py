@@ -12,7 +12,7 @@ from typing import Any
 
 from evals.ratings import Ratings, category_ratings
 from evals.sampling import Throughput
-from evals.stats import Interval, accuracy_interval, pass_at_k
+from evals.stats import Interval, accuracy_interval, pass_at_k, rate_interval
 from evals.suites import Protocol
 from evals.tables import print_table
 from gift.recipe import build
@@ -21,7 +21,6 @@ from gift.samples import graded_samples
 
 PASS_AT = (1, 2, 4, 8, 32)
 PROTOCOL_SETTINGS = {entry.name for entry in fields(Protocol)}
-SHOWN = 3  # how many of the answers that a grader mistakes are named
 Row = Mapping[str, Any]
 
 
@@ -217,18 +216,46 @@ def print_results(run: RunDir, suite: str, results: Sequence[TaskResult]) -> Non
     protocol, entries = about["protocol"], about["tasks"]
     print(f"\n{suite}: {protocol['runs']} x {protocol['samples_per_run']} samples an item, {origin_of(run, protocol)}")
     ks = sorted({k for result in results for k in result.pass_at if k > 1})
+    others = list(dict.fromkeys(name for result in results for name in result.others))
+    by_others = [column for name in others for column in (f"by {name}", "differ")]
     pass_columns = [f"pass@{k}" for k in ks]
-    header = ["task", "policy", "items", "score [95%]", *pass_columns, "cut off", "no answer", "tokens", "tokens/s"]
-    print_table([header, *(cells_of(result, ks) for result in results)])
+    lengths = ["cut off", "no answer", "tokens", "tokens/s"]
+    header = ["task", "policy", "items", "score [95%]", *by_others, *pass_columns, *lengths]
+    print_table([header, *(cells_of(result, others, ks) for result in results)])
     if any(result.metric == "accuracy" for result in results):
         print("score: mean accuracy of the runs (pass@1) in %; pass@k: unbiased estimate from all samples of an item")
+    if others:
+        print("by, differ: accuracy by a second grader, and on how many samples its verdict is another")
     if any(result.metric == "rating" for result in results):
         print("score: mean of the categories' mean ratings by the judge, 1 to 10")
-    for task in dict.fromkeys(result.task for result in results):
-        print(f"{task}: {grader_line(entries[task])}")
     for result in results:
         for remark in remarks(result, protocol):
             print(f"{result.task}, {result.policy}: {remark}")
+    print_graders({task: entries[task] for task in dict.fromkeys(result.task for result in results)})
+
+
+def print_graders(entries: Mapping[str, Row]) -> None:
+    """Who graded each task, and how far that grader can be trusted: its verdicts where the right one is known."""
+    header = ["task", "grader", "gold accepted", "corrupted accepted", "labelled: wrong accepted", "right refused"]
+    table = []
+    for task, entry in entries.items():
+        grader = next((f"{name} ({version})" for name, version in graders_of(entry).items()), "none yet")
+        kinds = entry.get("self_check", {}).get("kinds", {})
+        gold, corrupted, labelled = (kinds.get(kind) for kind in ("gold", "corrupted", "labelled"))
+        checks = [
+            gold and f"{gold['accepted']}/{gold['right']}",
+            corrupted and f"{corrupted['passed']}/{corrupted['wrong']}",
+            labelled and rate(labelled["passed"], labelled["wrong"]),
+            labelled and rate(labelled["right"] - labelled["accepted"], labelled["right"]),
+        ]
+        table.append([task, grader, *(check or "-" for check in checks)])
+    print_table([header, *table])
+
+
+def rate(part: int, whole: int) -> str:
+    """A count, and the rate it is an estimate of, in percent."""
+    found = rate_interval(part, whole)
+    return f"{part}/{whole} [{100 * found.low:.1f}, {100 * found.high:.1f}]%"
 
 
 def origin_of(run: RunDir, protocol: Row) -> str:
@@ -239,13 +266,14 @@ def origin_of(run: RunDir, protocol: Row) -> str:
     return build(Protocol, {"name": "", **known}, str(run.path)).described()
 
 
-def cells_of(result: TaskResult, ks: Sequence[int]) -> list[str]:
+def cells_of(result: TaskResult, others: Sequence[str], ks: Sequence[int]) -> list[str]:
     """A result as a row of the table, in percent."""
     return [
         result.task,
         result.policy,
         str(result.items),
         "-" if result.score is None else interval(result.score, result.metric),
+        *(cell for name in others for cell in by_other(result, name)),
         *(f"{100 * result.pass_at[k]:.1f}" if k in result.pass_at else "-" for k in ks),
         f"{result.truncated:.1%}",
         f"{result.no_answer:.1%}",
@@ -260,23 +288,16 @@ def interval(value: Interval, metric: str) -> str:
     return f"{estimate} [{low}, {high}]" if math.isfinite(value.low) else estimate
 
 
-def grader_line(entry: Row) -> str:
-    """Who graded a task, and how far that grader can be trusted."""
-    graders = "; ".join(f"{name} ({version})" for name, version in graders_of(entry).items())
-    words = [f"graded by {graders or 'nobody yet'}"]
-    for kind, tally in entry.get("self_check", {}).get("kinds", {}).items():
-        right, wrong = tally["right"], tally["wrong"]
-        found = [f"{tally['accepted']} of {right} right ones accepted"] * bool(right)
-        found += [f"{tally['passed']} of {wrong} wrong ones accepted"] * bool(wrong)
-        found += [f"mistaken: {', '.join(tally['mistaken'][:SHOWN])}"] * bool(tally["mistaken"])
-        words.append(f"{kind} answers: {', '.join(found)}")
-    return "; ".join(words)
+def by_other(result: TaskResult, grader: str) -> tuple[str, str]:
+    """The accuracy by another grader in percent, and on how many samples it differs."""
+    if grader not in result.others:
+        return "-", "-"
+    accuracy, differ = result.others[grader]
+    return f"{100 * accuracy:.1f}", str(differ)
 
 
 def remarks(result: TaskResult, protocol: Row) -> Iterator[str]:
     """What a reader of the numbers should know."""
-    for name, (accuracy, differ) in result.others.items():
-        yield f"{100 * accuracy:.1f} by {name}, which differs on {differ} samples"
     if result.ratings is not None:
         yield from rating_remarks(result.ratings)
     if result.missing:

@@ -347,7 +347,9 @@ def test_a_checkpoint_gets_a_run_of_its_own(command, capsys):
     assert run.checkpoint("step-7") == checkpoint.resolve()
     shown = capsys.readouterr().out
     table = re.search(
-        r"^small +step-7 +7 +(\d+\.\d) \[\d+\.\d, \d+\.\d\]( +\d+\.\d){3} ( +\d+\.\d%){2} +\d+ ", shown, re.M
+        r"^small +step-7 +7 +(\d+\.\d) \[\d+\.\d, \d+\.\d\] +\d+\.\d +\d+( +\d+\.\d){3} ( +\d+\.\d%){2} +\d+ ",
+        shown,
+        re.M,
     )
     rows = graded(run, "step-7")
     assert float(table[1]) == pytest.approx(100 * sum(row["score"] for row in rows) / len(rows), abs=0.05)
