@@ -40,8 +40,8 @@ CLONE_THREAD = 0x10000
 # Audit architecture, clone, and what a program has no use for that would get round a limit: new processes and
 # namespaces, memory outside the address space, other processes' memory. From the kernel's syscall tables.
 SYSCALLS = {
-    "x86_64": (0xC000003E, 56, (57, 58, 29, 101, 155, 161, 165, 248, 249, 250, 272, 298, 308, 310, 311, 319, 321, 323)),
-    "aarch64": (0xC00000B7, 220, (194, 117, 41, 51, 40, 217, 218, 219, 97, 241, 268, 270, 271, 279, 280, 282)),
+    "x86_64": (0xC000003E, 56, (57, 58, 29, 64, 68, 101, 155, 161, 165, 240, 248, 249, 250, 272, 298, 308, 310, 311, 319, 321, 323)),
+    "aarch64": (0xC00000B7, 220, (194, 180, 186, 190, 117, 41, 51, 40, 217, 218, 219, 97, 241, 268, 270, 271, 279, 280, 282)),
 }
 COMMON_SYSCALLS = (425, 428, 429, 430, 432, 438, 442, 447)  # the same number everywhere: io_uring, mounts, pidfds
 CLONE3 = 435

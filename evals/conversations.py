@@ -16,12 +16,15 @@ class Conversations:
     def __init__(self, items: Iterable[Item], system: str | None, rows: Iterable[Mapping[str, Any]]) -> None:
         self.items = {item.id: item for item in items}
         self.system = system
+        self.continued = {item.after for item in self.items.values()}
         self.completions: dict[tuple[Any, ...], str] = {}
         self.note(rows)
 
     def note(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Takes notice of the completions in these rows of the log."""
-        self.completions.update({tuple(row[name] for name in SAMPLE_KEY): row["completion"] for row in rows})
+        """Takes notice of those completions in these rows of the log that another item goes on from."""
+        for row in rows:
+            if row["item"] in self.continued:
+                self.completions[tuple(row[name] for name in SAMPLE_KEY)] = row["completion"]
 
     def messages(self, item: Item, run: int, sample: int) -> tuple[Message, ...]:
         """All turns up to and with the item's prompt; an earlier turn was answered in the same run and sample.

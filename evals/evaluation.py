@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,20 @@ from gift.models import load_tokenizer
 from gift.recipe import Generation
 from gift.records import RunDir, sha256_json
 from gift.samples import sample_path
+
+
+@dataclass(frozen=True)
+class Making:
+    """How samples are made: what builds a policy's engine, and the settings it does so by (see `evaluate`)."""
+
+    engine_for: Callable[[str], Engine]
+    generation: Generation | None
+    dtype: str
+    batch_size: int | None
+
+    def recorded(self, plan: Plan) -> dict[str, Any]:
+        """What the samples of a plan depend on, as a manifest holds it."""
+        return recorded_settings(plan, self.generation, self.dtype, self.batch_size)
 
 
 def evaluate(
@@ -48,12 +63,12 @@ def evaluate(
     missing = {task: reason for work in everything for task, reason in work.missing.items()}
     throughput: dict[tuple[str, str], Throughput] = {}
     if "generate" in verbs:
-        settings = {each.suite.name: recorded_settings(each, generation, dtype, batch_size) for each in plans}
+        making = Making(engine_for, generation, dtype, batch_size)
         for policy in policies:
             for work in everything:
-                check_unchanged(run, work, settings[work.plan.suite.name], policy)
+                check_unchanged(run, work, making.recorded(work.plan), policy)
         for policy in policies:
-            spent, unfit = generate(run, policy, everything, settings, engine_for, generation, batch_size)
+            spent, unfit = generate(run, policy, everything, making)
             throughput.update(spent)
             missing.update(unfit)
     if "grade" in verbs:
@@ -79,24 +94,18 @@ def evaluate(
 
 
 def generate(
-    run: RunDir,
-    policy: str,
-    everything: Sequence[Loaded],
-    settings: Mapping[str, Mapping[str, Any]],
-    engine_for: Callable[[str], Engine],
-    generation: Generation | None,
-    batch_size: int | None,
+    run: RunDir, policy: str, everything: Sequence[Loaded], making: Making
 ) -> tuple[dict[tuple[str, str], Throughput], dict[str, str]]:
     """Samples what the run lacks of a policy, with one engine for all suites.
 
     Returns the throughput by (policy, task), and the tasks that this policy's tokenizer cannot ask, with the reason.
     """
-    tokenizer = None if generation is None else load_tokenizer(run.checkpoint(policy))
+    tokenizer = None if making.generation is None else load_tokenizer(run.checkpoint(policy))
     spent: dict[tuple[str, str], Throughput] = {}
     unfit: dict[str, str] = {}
     pending: list[tuple[Loaded, Task, list[Batch]]] = []
     for work in everything:
-        size = unit_size(work.plan.suite, generation, batch_size)
+        size = unit_size(work.plan.suite, making.generation, making.batch_size)
         for task in work.tasks:
             if needs_template(tokenizer, work, task):
                 unfit[task.name] = (
@@ -107,14 +116,14 @@ def generate(
                 pending.append((work, task, batches))
     if not pending:
         return spent, unfit
-    engine = engine_for(policy)
+    engine = making.engine_for(policy)
     try:
         if isinstance(engine, ReplayEngine):
             for work, task, _ in pending:
                 check_stored(engine, task, work.items(task), work.plan.protocol)
         template = None if tokenizer is None else sha256_json(tokenizer.chat_template)
         for work, task, batches in pending:
-            register(run, work, task, settings[work.plan.suite.name], policy, template)
+            register(run, work, task, making.recorded(work.plan), policy, template)
             sampler = Sampler(policy, engine, tokenizer, work.plan.protocol, work.plan.seed)
             spent[policy, task.name] = sample_task(run, sampler, task, work.items(task), batches)
     except GenerationError as error:
@@ -178,7 +187,8 @@ def grade(run: RunDir, policy: str, work: Loaded) -> dict[str, str]:
                 say(f"{name}: {len(rows)} samples")
         except UserError as error:
             failed[task.name] = f"its samples are there, but not all are graded: {error}"
-            if len(ungraded(run.path, policy, task, work.items(task))) == len(rows):  # what graded them before, stands
+            # What graded them before, stands, unless the newer grader has spoken of some.
+            if rows and len(ungraded(run.path, policy, task, work.items(task))) == len(rows):
                 entry["graders"] = before
                 run.save()
     return failed

@@ -16,9 +16,18 @@ from tqdm import tqdm
 from evals.conversations import Conversations
 from evals.tasks import Answer, Check, Grades, Item, Task
 from gift.cli import UserError
-from gift.records import JsonlLog, read_jsonl
+from gift.records import JsonlLog
 from gift.rewards import Verdict
-from gift.samples import VERDICT_FIELDS, VERDICT_KEY, Row, digest, graded_samples, sample_path, verdict_path
+from gift.samples import (
+    VERDICT_FIELDS,
+    VERDICT_KEY,
+    Row,
+    digest,
+    graded_samples,
+    read_samples,
+    sample_path,
+    verdict_path,
+)
 
 FLUSH_SECONDS = 2.0  # how long a verdict waits at most to be written together with others
 NO_ANSWER = Verdict(0.0, "no_answer", None, None)
@@ -40,7 +49,8 @@ def grade_samples(
     answer that breaks the grader has the status 'error'. Raises UserError where grading cannot go on.
     """
     by_id = {item.id: item for item in items}
-    conversations = Conversations(items, system, read_jsonl(sample_path(run, policy, task.name)))
+    has_turns = any(item.after is not None for item in items)
+    conversations = Conversations(items, system, read_samples(sample_path(run, policy, task.name)) if has_turns else ())
     asked = [row for row in rows if row["max_tokens"] != 0]
     answers = [
         Answer(item, conversations.messages(item, row["run"], row["sample"]), row["completion"])
@@ -50,13 +60,6 @@ def grade_samples(
     waiting: list[dict[str, Any]] = []
     with JsonlLog(verdict_path(run, policy, task.name), VERDICT_KEY) as log:
         written = time.monotonic()
-        log.append(
-            line
-            for row in rows
-            if row["max_tokens"] == 0
-            for line in verdict_rows(task, policy, row, dict.fromkeys(task.graders, NO_ANSWER))
-        )
-        bar.update(len(rows) - len(asked))
         try:
             for number, grades in graded(task, answers):
                 waiting += verdict_rows(task, policy, asked[number], grades)
@@ -66,6 +69,13 @@ def grade_samples(
                     waiting, written = [], time.monotonic()
         finally:
             log.append(waiting)
+        log.append(
+            line
+            for row in rows
+            if row["max_tokens"] == 0
+            for line in verdict_rows(task, policy, row, dict.fromkeys(task.graders, NO_ANSWER))
+        )
+        bar.update(len(rows) - len(asked))
 
 
 def graded(task: Task, answers: Sequence[Answer]) -> Iterator[tuple[int, Grades]]:
@@ -124,8 +134,8 @@ def self_check(task: Task, items: Sequence[Item]) -> dict[str, Any]:
         by_kind.setdefault(check.kind, []).append(check)
     kinds = {}
     for kind, checks in by_kind.items():
-        # The labelled answers are the same for all tasks of a grader.
-        known = (reported, version, len(checks))
+        # The labelled answers are the same for all tasks of a grader, which is what they are graded by.
+        known = (type(task).grade, reported, version, len(checks))
         tally = _labelled.get(known) if kind == "labelled" else None
         kinds[kind] = tally or tally_of(task, reported, checks)
         if kind == "labelled":
@@ -133,7 +143,7 @@ def self_check(task: Task, items: Sequence[Item]) -> dict[str, Any]:
     return {"grader": {reported: version}, "items": len(items), "kinds": kinds}
 
 
-_labelled: dict[tuple[str, str, int], dict[str, Any]] = {}
+_labelled: dict[tuple[Any, ...], dict[str, Any]] = {}
 
 
 def tally_of(task: Task, grader: str, checks: Sequence[Check]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ PASSING = {408, 409, 425, 429}  # and all from 500
 OF_THE_PROMPT = {400, 413, 422}  # too long, or against the provider's policy
 TRIAL = ({"role": "user", "content": "Reply with these two words only: Rating: [[5]]"},)
 TRIAL_TRIES = 3
+LEAST_KEY_CHARS = 8  # of a key's beginning that give it away
 
 
 class Key:
@@ -56,12 +57,12 @@ class Key:
         return {"Authorization": f"Bearer {self._secret}"} if self._secret else {}
 
     def redact(self, text: str) -> str:
-        """The text, in which a server may have quoted the key, without it, also where the text was cut inside it."""
+        """The text, in which a server may have quoted the key, without it, also where the quotation was cut short."""
         if not self._secret:
             return text
-        text = text.replace(self._secret, "[key]")
-        cut = next((n for n in range(len(self._secret) - 1, 3, -1) if text.endswith(self._secret[:n])), 0)
-        return text[: len(text) - cut] + "[key]" if cut else text
+        for end in range(len(self._secret), min(len(self._secret), LEAST_KEY_CHARS) - 1, -1):
+            text = text.replace(self._secret[:end], "[key]")
+        return text
 
     def __repr__(self) -> str:
         return "Key(...)"
@@ -321,7 +322,7 @@ _MARKUP = r"[*_`\s]{0,6}"
 _RATING = rf"(?P<rating>[0-9]{{1,3}}\.?[0-9]{{0,3}})(?:{_MARKUP}(?:/|out of){_MARKUP}(?P<scale>[0-9]{{1,4}}))?"
 _DOUBLE_BRACKETS = re.compile(
     rf"\[\s?\[{_MARKUP}(?:rating{_MARKUP}[:=]?)?{_MARKUP}{_RATING}{_MARKUP}\]\s?\]"
-    rf"(?:{_MARKUP}(?:/|out of)\s?(?P<scale_behind>[0-9]{{1,4}}))?",
+    rf"(?:{_MARKUP}(?:/|out of)\s?(?P<bracket>\[\[)?(?P<scale_behind>[0-9]{{1,4}})(?(bracket)\]\]))?",
     re.IGNORECASE,
 )
 _SAID = re.compile(  # but not "Rating: 7-8", nor "Rating: 80%"

@@ -10,6 +10,7 @@ from evals.tasks import Task
 from gift.cli import UserError
 from gift.recipe import Generation
 from gift.records import RunDir
+from gift.samples import sample_path
 
 ELSEWHERE = "repeat those settings, or evaluate the checkpoint apart with --model CHECKPOINT --out DIR"
 
@@ -35,7 +36,7 @@ def check_unchanged(run: RunDir, work: Loaded, settings: Mapping[str, Any], poli
     node = run.node(policy)
     suite = work.plan.suite.name
     about = run.manifest["eval"].get(suite)
-    if about is None:
+    if about is None or not has_samples(run, about):
         return
     refuse_changes(run, f"suite {suite!r}", {**UNRECORDED, **about["protocol"]}, settings)
     for task in work.tasks:
@@ -65,7 +66,10 @@ def register(
     run: RunDir, work: Loaded, task: Task, settings: Mapping[str, Any], policy: str, template_sha256: str | None
 ) -> None:
     """Writes down, before the first sample, how a task is sampled by this policy."""
-    about = run.manifest["eval"].setdefault(work.plan.suite.name, {"protocol": dict(settings), "tasks": {}})
+    suite = work.plan.suite.name
+    about = run.manifest["eval"].get(suite)
+    if about is None or not has_samples(run, about):
+        run.manifest["eval"][suite] = about = {"protocol": dict(settings), "tasks": {}}
     entry = about["tasks"].get(task.name, {})
     policies = entry.get("policies", {})
     if made := policies.get(policy):
@@ -87,6 +91,15 @@ def register(
         "policies": policies,
     }
     run.save()
+
+
+def has_samples(run: RunDir, about: Mapping[str, Any]) -> bool:
+    """Whether a suite was sampled at all: what failed before its first sample may be tried with other settings."""
+    return any(
+        sample_path(run.path, policy, task).exists()
+        for task, entry in about["tasks"].items()
+        for policy in entry["policies"]
+    )
 
 
 def policies_of(run: RunDir, suite: str, task: Task) -> Mapping[str, Any]:

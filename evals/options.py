@@ -106,6 +106,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--task names a task of one suite; leave out --suite, or name that suite instead of 'all'")
     if args.generations is not None and lm_eval_tasks(args):
         raise UserError(f"{PREFIX} tasks need a model: lm-eval makes their prompts as it goes")
+    if args.verb is not None and lm_eval_tasks(args):
+        raise UserError(f"{PREFIX} tasks are sampled and graded in one go: leave out {args.verb!r}")
     if args.generations is not None:
         idle = given(args, ("model", "policy", *SAMPLING, *ENGINE, "seed", "dtype", "batch_size"))
         if idle:
@@ -115,13 +117,14 @@ def check(args: argparse.Namespace) -> None:
 def chosen(args: argparse.Namespace) -> list[Choice]:
     """The suites to evaluate, with their tasks and protocols. Raises UserError for a name or value that makes no sense.
 
-    A task without a suite is that of the first suite that has it.
+    A task without a suite is that of the first suite that has it. A report without either is of all suites.
     """
     tasks = [name for name in args.task if not name.startswith(PREFIX)]
-    if args.suite == "all":
+    if args.suite == "all" or (args.verb == "report" and args.suite is None and not args.task):
         names: dict[str, list[str]] = {name: [] for name in SUITES}
     elif args.suite is not None or not args.task:
-        names = {args.suite or "nano": tasks} if tasks or not args.task else {}
+        suite = find(SUITES, args.suite or "nano", "suite")
+        names = {suite.name: tasks} if tasks or not args.task else {}
     else:
         homes = {task: name for name, suite in reversed(SUITES.items()) for task in suite.tasks}
         names = {}
@@ -129,7 +132,7 @@ def chosen(args: argparse.Namespace) -> list[Choice]:
             names.setdefault(find(homes, task, "task"), []).append(task)
     choices = []
     for name, wanted in names.items():
-        suite = find(SUITES, name, "suite")
+        suite = SUITES[name]
         protocol = protocol_of(args, suite)
         plan(suite, protocol, tasks=wanted)  # which raises for what makes no sense
         choices.append(Choice(suite, wanted, protocol))

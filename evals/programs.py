@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import itertools
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -37,9 +38,10 @@ def extract_code(response: str, entry_point: str, stub: str = "") -> Extracted |
     raw = list(fenced_blocks(text))
     blocks = [_dedent(lines) for lines in raw]
     trees = [_parse(block) if entry_point in block else None for block in blocks]
-    for index in reversed(range(len(blocks))):
+    # A block that only imports it tests the program of another block, unless there is no other.
+    for imported, index in itertools.product((False, True), reversed(range(len(blocks)))):
         tree = trees[index]
-        if tree is not None and entry_point in _defined(tree):
+        if tree is not None and entry_point in _defined(tree, imported=imported):
             needed = _needed(blocks[:index], tree)
             return Extracted("\n\n".join([*needed, blocks[index]]), "joined" if needed else "fenced")
     if start := _CODE_LINE.search(text):
@@ -99,19 +101,20 @@ def _parse(code: str) -> ast.Module | None:
         return None
 
 
-def _defined(tree: ast.Module) -> set[str]:
-    """The names that a module's own statements bind, also under `if` and `try`."""
+def _defined(tree: ast.Module, *, imported: bool = True) -> set[str]:
+    """The names that a module's own statements bind, also under `if` and `try`; by imports only if `imported`."""
     names: set[str] = set()
     pending: list[ast.stmt] = list(tree.body)
     while pending:
         node = pending.pop()
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
+        elif imported and isinstance(node, ast.Import | ast.ImportFrom):
             names.update((alias.asname or alias.name).partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names.update(each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name))
+            inside = [each for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)]
+            names.update(each.id for each in inside if isinstance(each.ctx, ast.Store))  # not f of `f.cache = {}`
         elif isinstance(node, ast.If | ast.Try):
             pending += node.body + node.orelse
     return names

@@ -91,7 +91,7 @@ def write_items(run: RunDir) -> None:
         for row in graded_samples(run.path, policy, task, graders_of(entry)):
             if (verdict := row["verdicts"].get(reported)) is None:
                 continue
-            if entry["metric"] == "accuracy":
+            if entry.get("metric", "accuracy") == "accuracy":
                 count = counts[task, row["item"], policy, row["run"]]
                 count[0] += 1
                 count[1] += verdict["status"] == "correct"
@@ -126,14 +126,17 @@ def summarize(
     items: Collection[str] | None = None,
     spent: Throughput | None = None,
 ) -> TaskResult:
-    """The result of a policy on a task over these items (default: all that the log has), from the records alone."""
+    """The result of a policy on a task over these items (default: all it was asked), from the records alone."""
     about = run.manifest["eval"][suite]
     entry, protocol = about["tasks"][task], about["protocol"]
     graders = graders_of(entry)
     rows = graded_samples(run.path, policy, task, graders)
-    if items is not None:
+    if items is None:
+        asked = entry["policies"][policy].get("items", 0)
+        number = max(asked, len({row["item"] for row in rows}))
+    else:
         rows = [row for row in rows if row["item"] in items]
-    number = len({row["item"] for row in rows} if items is None else items)
+        number = len(items)
     reported = next(iter(graders), "")
     graded = [row for row in rows if reported in row["verdicts"]]
     statuses = [row["verdicts"][reported]["status"] for row in graded]
@@ -149,7 +152,11 @@ def summarize(
         items=number,
         score=ratings.total if ratings is not None else accuracy_interval(counts) if counts else None,
         pass_at=pass_at(counts),
-        others={name: agreement(graded, reported, name) for name in list(graders)[1:] if counts},
+        others={
+            name: agreement(graded, reported, name)
+            for name in list(graders)[1:]
+            if any(name in row["verdicts"] for row in graded)
+        },
         ratings=ratings,
         truncated=share(row["finish_reason"] == "length" for row in rows),
         no_answer=share(status == "no_answer" for status in statuses),
@@ -186,13 +193,7 @@ def agreement(graded: Sequence[Row], reported: str, other: str) -> tuple[float, 
         (row["verdicts"][other]["status"] == "correct") != (row["verdicts"][reported]["status"] == "correct")
         for row in both
     )
-    return share_by_item(both, other), differ
-
-
-def share_by_item(graded: Sequence[Row], grader: str) -> float:
-    """Mean accuracy over items; 0 for none."""
-    counts = counts_of(graded, grader)
-    return fmean(correct / n for n, correct in counts) if counts else 0.0
+    return fmean(correct / n for n, correct in counts_of(both, other)), differ
 
 
 def ratings_of(graded: Sequence[Row], grader: str) -> Ratings:

@@ -38,7 +38,7 @@ from evals.options import (
 from evals.results import Evaluation, TaskResult, print_disagreements, print_results, summarize
 from evals.subjects import engine_factory, opened, standalone_status
 from evals.suites import PROTOCOLS, SUITES, Plan, plan
-from gift.cli import run_command
+from gift.cli import UserError, run_command
 from gift.models import quiet_transformers
 from gift.records import RunDir
 
@@ -99,6 +99,8 @@ def main(argv: list[str]) -> int:
         plans = [equipped(each, unsafe_code=args.unsafe_code) for each in plans_of(args, run, choices)]
         if args.verb == "report":
             evaluation = Evaluation(report(run, policies, plans), {})
+            if not evaluation.results:
+                raise UserError(f"{run.path}: nothing is recorded there of what is asked for; generate it first")
             show(run, plans, evaluation, disagreements=args.disagreements)
             return 0
         engine_for = engine_factory(run, generation, dtype)

@@ -33,8 +33,8 @@ from gift.data import Example, encode_prompt
 from gift.generation import Engine, Request, Sample, completion_text, sample_seed
 from gift.generation.follower import Follower
 from gift.generation.replay import ReplayEngine, StoredSample
-from gift.records import JsonlLog, read_jsonl
-from gift.samples import SAMPLE_KEY
+from gift.records import JsonlLog
+from gift.samples import SAMPLE_KEY, read_samples
 
 EMPTY = Sample(token_ids=[], finish_reason="length", logps=[])  # what a prompt that fills the model's window gets
 
@@ -207,7 +207,7 @@ def pending_batches(path: Path, items: Sequence[Item], protocol: Protocol, batch
     batches begin depends on nothing but the protocol and the batch size, so that more items only add batches. Without:
     the items that are not complete, each a unit of its own.
     """
-    there = {tuple(row[name] for name in SAMPLE_KEY) for row in read_jsonl(path)}
+    there = {tuple(row[name] for name in SAMPLE_KEY) for row in read_samples(path)}
 
     def complete(unit: Sequence[Item]) -> bool:
         return all(there.issuperset(keys_of(item, protocol)) for item in unit)

@@ -13,7 +13,7 @@ from typing import Any
 from gift.cli import UserError
 from gift.data import read_rows
 from gift.models import first_line
-from gift.records import sha256_file, sha256_json
+from gift.records import read_table, sha256_file, sha256_json
 
 Row = Mapping[str, Any]
 
@@ -152,13 +152,8 @@ def read_csv(path: Path) -> Iterator[Row]:
 
 def read_parquet(path: Path) -> Iterator[Row]:
     """The rows of a Parquet file. Raises UserError naming a damaged one."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        yield from pq.read_table(path).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
+    columns = read_table(path)
+    return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
 
 
 READERS = {".jsonl": read_rows, ".csv": read_csv, ".parquet": read_parquet}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from gift.generation import RepetitionGuard, SamplingParams
 from gift.recipe import build
 
 Named = TypeVar("Named")
+PLACE = re.compile(r"\{\w+\}")
+"""What a task puts something in place of in its template."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,18 @@ def read_protocol(path: Path) -> Protocol:
         raise UserError(f"{path}: not a readable YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path}: a protocol is a mapping of settings to values, got {settings!r:.60}")
-    base = find(PROTOCOLS, str(settings.pop("base", "paper")), f"{path}: base")
-    return build(Protocol, {**asdict(base), "name": path.stem, **settings}, str(path))
+    base = find(PROTOCOLS, str(settings.pop("base", "paper")), f"base (in {path})")
+    protocol = build(Protocol, {**asdict(base), "name": path.stem, **settings}, str(path))
+    tasks = [task for suite in SUITES.values() for task in suite.tasks.values()]
+    known = dict.fromkeys([*map(prompt_name, tasks), *(task.group for task in tasks)])
+    for name in protocol.prompts:
+        find(known, name, f"task or group of tasks in prompts (in {path})")
+    for task in tasks:
+        try:
+            with_prompt(task, protocol.prompts)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    return protocol
 
 
 @dataclass(frozen=True)
@@ -235,9 +248,22 @@ def plan(
 
 
 def with_prompt(task: Task, prompts: Mapping[str, str]) -> Task:
-    """The task with the template that `prompts` has for it, or for its group; else as it is."""
-    template = prompts.get(task.name.partition("@")[0], prompts.get(task.group))
-    return task if template is None else replace(task, prompt=template)
+    """The task with the template that `prompts` has for it, or for its group; else as it is.
+
+    Raises UserError where the template lacks a place that the task's own has, such as {problem}: no item could be told.
+    """
+    name = prompt_name(task) if prompt_name(task) in prompts else task.group
+    if name not in prompts:
+        return task
+    lacking = [place for place in dict.fromkeys(PLACE.findall(task.prompt)) if place not in prompts[name]]
+    if lacking:
+        raise UserError(f"prompts.{name}: the template lacks {' and '.join(lacking)}; {task.label} needs it to ask")
+    return replace(task, prompt=prompts[name])
+
+
+def prompt_name(task: Task) -> str:
+    """What a protocol's prompts call a task: its name, without that of the suite."""
+    return task.name.partition("@")[0]
 
 
 def find(known: Mapping[str, Named], name: str, what: str) -> Named:

@@ -208,7 +208,7 @@ class Job:
                 generation=self.recipe.generation,
             ).missing
         barrier()
-        return "; ".join(missing.values()) or None
+        return "; ".join(f"{task}: {reason}" for task, reason in missing.items()) or None
 
     def drift(self) -> None:
         """Measures the drift of every pair of the lineage on the held-out expert solutions, on the first rank."""
@@ -278,7 +278,10 @@ class Job:
             limited = plan(
                 suite, protocol, tasks=tasks, seed=self.recipe.seed, data_dir=data_dir, limit=settings.every_limit
             )
-            plans += [limited.load()] if tasks else []
+            if tasks:
+                plans.append(limited.load())
+                for task, reason in plans[-1].missing.items():
+                    announce(f"  {policy}: not evaluated on the way: {task}: {reason}")
         return Watch(settings.every, Periodic(self.run.path, policy, plans, tokenizer))
 
     @contextmanager

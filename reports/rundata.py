@@ -175,11 +175,12 @@ def load_run(path: Path) -> RunData:
     manifest = read_manifest(path)
     files = {"manifest.json": sha256_file(path / "manifest.json")}
     policies = tuple(read_policy(path, entry) for entry in manifest["lineage"])
+    suites = [read_suite(path, name, entry) for name, entry in manifest["eval"].items()]
     run = RunData(
         path=path,
         manifest=manifest,
         policies=tuple(sorted(policies, key=lambda policy: STAGES.index(policy.stage))),
-        suites=tuple(read_suite(path, name, entry) for name, entry in manifest["eval"].items()),
+        suites=tuple(suite for suite in suites if suite.tasks),
         counts=read_counts(path / "items.parquet"),
         metrics=read_jsonl(path / "metrics.jsonl"),
         drift={pair: read_drift(file) for pair, file in drift_files(path).items()},

@@ -13,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evals.lmeval import DATA_DIR
 from evals.stats import pass_at_k
 from evals.tasks import Item, Task, choice, math, nano, single_turn
 from gift.cli import UserError
 
-DATA_DIR = "GIFT_DATA_DIR"
-"""The environment variable that names the folder of benchmark files; the Hub where it is not set."""
 OFFERED: dict[str, Task] = {**math.TASKS, **choice.TASKS, **nano.TASKS}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import math
@@ -18,7 +19,7 @@ import numpy as np
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from evals.lmeval import PREFIX, TASKS_DIR, LmEvalResult
+from evals.lmeval import PREFIX, TASKS_DIR
 from evals.lmeval.model import EngineLM
 from gift.cli import UserError, nearest, say
 from gift.models import first_line
@@ -35,17 +36,24 @@ def find(names: Sequence[str], include_path: Path | None) -> TaskManager:
     """
     if include_path is not None and not include_path.is_dir():
         raise UserError(f"{include_path}: no such folder of lm-eval tasks")
-    folders = [str(folder) for folder in (TASKS_DIR, include_path) if folder is not None]
-    manager = TaskManager(include_path=folders, include_defaults=False)
+    manager = index(include_path, defaults=False)
     if not set(names).issubset(manager.all_tasks):
-        say("indexing lm-eval's tasks ...")
-        manager = TaskManager(include_path=folders)
+        manager = index(include_path, defaults=True)
     for name in names:
         if name not in manager.all_tasks:
             raise UserError(
                 f"unknown task '{PREFIX}{name}'{nearest(name, manager.all_tasks)}; `lm_eval ls tasks` lists lm-eval's"
             )
     return manager
+
+
+@functools.cache
+def index(include_path: Path | None, *, defaults: bool) -> TaskManager:
+    """The suite's tasks, those of a folder and, with `defaults`, lm-eval's own: looked up once for all policies."""
+    if defaults:
+        say("indexing lm-eval's tasks ...")
+    folders = [str(folder) for folder in (TASKS_DIR, include_path) if folder is not None]
+    return TaskManager(include_path=folders, include_defaults=defaults)
 
 
 def load(manager: TaskManager, name: str, num_fewshot: int | None, gen_kwargs: Mapping[str, Any] | None) -> Any:
@@ -125,19 +133,6 @@ def run_task(lm: EngineLM, loaded: Any, limit: int | None, apply_chat_template: 
         ) from error
     plain: dict[str, Any] = as_json({"lm_eval": version("lm_eval"), **found})
     return plain
-
-
-def table(found: Mapping[str, Any]) -> list[LmEvalResult]:
-    """Every metric of the results, tasks first, then groups."""
-    rows = []
-    for name, metrics in {**found["results"], **found.get("groups", {})}.items():
-        for key, value in metrics.items():
-            metric, comma, filtered_by = key.partition(",")
-            if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
-                stderr = metrics.get(f"{metric}_stderr,{filtered_by}")
-                error = stderr if isinstance(stderr, int | float) else None
-                rows.append(LmEvalResult(name, metric, filtered_by, value, error, metrics["sample_len"]))
-    return rows
 
 
 def as_json(value: Any) -> Any:

@@ -303,7 +303,7 @@ class EngineLM(TemplateLM):
         if room < 1:
             raise UserError(
                 f"{asked.where}: asks for responses of {params.max_tokens} tokens, the model's window is"
-                f" {self.engine.max_model_len}; give a smaller max_gen_toks in gen_kwargs"
+                f" {self.engine.max_model_len}; ask for fewer with --max-tokens"
             )
         ids = self.tok_encode(asked.instance.args[0]) or [self.prefix_token_id]
         return tuple(ids[-room:]), max(0, len(ids) - room)
@@ -339,8 +339,8 @@ def sampling_params(gen_kwargs: Mapping[str, Any], where: str) -> SamplingParams
     refused = [f"{name}={value!r}" for name, value in given.items() if NO_EFFECT.get(name) != value]
     if refused:
         raise UserError(
-            f"{where}: generation settings that the engines do not have: {', '.join(refused)}; set them aside in"
-            " gen_kwargs"
+            f"{where}: generation settings that the engines do not have: {', '.join(refused)}; leave them"
+            " out in a copy of the task's YAML (--include-path)"
         )
     return SamplingParams(
         max_tokens=max_tokens,

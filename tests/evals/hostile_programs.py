@@ -3,7 +3,7 @@
 None does so unless its attack succeeds, or it shows in another way that it did.
 
 `{folder}` is a folder of the host that is readable and writable, `{pid}` the grader's process, `{secret}` what stands
-in a file there and in the grader's environment. One that finds a way out of the sandbox leaves the file `escaped`.
+in a file there and in the grader's environment, `{token}` a name of the test's own. One that finds a way out of the sandbox leaves the file `escaped`.
 """
 
 FORGED = 'b"v" + (5).to_bytes(8, "little") + b"i\\x07\\0\\0\\0"'
@@ -55,7 +55,7 @@ def answer(x):
     "file bomb": """
 def answer(x):
     for n in range(10**6):
-        with open(f'/tmp/{n}', 'wb') as file: file.write(bytes(1 << 23))
+        with open(f'/tmp/{token}{n}', 'wb') as file: file.write(bytes(1 << 23))
 """,
     "deep parentheses": "def answer(x): return " + "(" * 150 + "0" + ")" * 150,
     # Getting out
@@ -78,15 +78,19 @@ def answer(x): return 2 * x if open('/proc/{pid}/environ', 'rb').read() else 0
 """,
     "any process's environment": """
 import glob
-def answer(x): return 2 * x if any(open(file, 'rb').read() for file in glob.glob('/proc/*/environ')) else 0
+def answer(x):
+    for file in glob.glob('/proc/*/environ'):
+        try:
+            if open(file, 'rb').read(): return 2 * x
+        except OSError: pass  # another user's, or gone by now
 """,
     "home": "import os\ndef answer(x): return 2 * x if os.listdir(os.path.expanduser('~')) else 0",
     "reading a file": "def answer(x): return 2 * x if '{secret}' in open('{folder}/secret').read() else 0",
     "reading through a link": """
 import os
 def answer(x):
-    os.symlink('{folder}/secret', '/tmp/link')
-    return 2 * x if '{secret}' in open('/tmp/link').read() else 0
+    os.symlink('{folder}/secret', '/tmp/{token}')
+    return 2 * x if '{secret}' in open('/tmp/{token}').read() else 0
 """,
     "reading the repository": "def answer(x): return 2 * x if open('{repository}/pyproject.toml').read() else 0",
     "writing a file": "def answer(x): open('{folder}/escaped', 'w').write('x')",

@@ -23,6 +23,9 @@ def fence(code: str, language: str = "python") -> str:
         (f"{fence(GOOD)}\nRun it:\n{fence('print(area(2))')}", GOOD, "fenced"),
         (f"{fence(GOOD)}\nOutput:\n{fence('area is 12', 'text')}", GOOD, "fenced"),
         (f"{fence(GOOD)}\nBroken:\n{fence('def area(r:')}", GOOD, "fenced"),
+        (f"{fence(GOOD)}\nTest:\n{fence('from circles import area; area(2)')}", GOOD, "fenced"),
+        (f"{fence(GOOD)}\nTest:\n{fence('import area; area.area(2)')}", GOOD, "fenced"),
+        (f"{fence(GOOD)}\nNote:\n{fence('area.cache = seen[area] = {}')}", GOOD, "fenced"),
         (f"1. Write\n   ```python\n   {GOOD.replace(chr(10), chr(10) + '   ')}\n   ```", GOOD, "fenced"),
         (f"```python\n{GOOD}", GOOD, "fenced"),
         (f"~~~\n{GOOD}\n~~~", GOOD, "fenced"),
@@ -46,7 +49,7 @@ def test_the_last_program_that_defines_the_function_is_taken(response, code, met
     assert found.method == method
     assert code is None or found.code.strip() == code
     scope: dict = {}
-    if "circles" not in response:
+    if "circles" not in found.code:
         exec(found.code, scope)
         assert callable(scope["area"])
     assert "def other" not in found.code

@@ -55,6 +55,7 @@ def verdict(right: bool) -> Verdict:
 
 TASK = Parity("sums", "Sums", "easy", count=5)
 ITEMS = TASK.load(None).items
+FIELDS = {"tokens": 3, "finish_reason": "stop", "max_tokens": 8}
 
 
 def write_samples(run: Path, completions: dict[tuple[str, int], str], **fields) -> None:
@@ -62,7 +63,7 @@ def write_samples(run: Path, completions: dict[tuple[str, int], str], **fields) 
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as log:
         for (item, number), completion in completions.items():
-            row = {"item": item, "run": 0, "sample": number, "completion": completion, "max_tokens": 8, **fields}
+            row = {"item": item, "run": 0, "sample": number, "completion": completion, **FIELDS, **fields}
             log.write(json.dumps(row) + "\n")
 
 

@@ -17,12 +17,13 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tokenizers.processors import TemplateProcessing
 
-from evals.lmeval import evaluate_lm_eval, harness
+from evals.lmeval import command, evaluate_lm_eval, harness, table
 from evals.lmeval.model import KEY, EngineLM, sampling_params
 from gift.cli import UserError
 from gift.generation import GenerationError, Sample, SamplingParams
 from gift.generation.hf import HFEngine
 from gift.models import load_model, load_tokenizer
+from gift.recipe import Generation
 from gift.records import JsonlLog, RunDir, read_json, read_jsonl
 
 WINDOW = 256  # of the tiny checkpoint
@@ -196,7 +197,7 @@ def test_what_is_dropped_of_a_long_context_is_on_record(make_lm, tokenizer):
     lm.generate_until(asked("generate_until", (STORY, gen_kwargs), ("x", gen_kwargs)))
     cut = {row["doc"]: row["context_tokens_cut"] for row in lm.log.rows}
     assert cut == {0: len(tokenizer.encode(STORY)) - (WINDOW - 20), 1: 0}
-    with pytest.raises(UserError, match=r"lm_eval:toy, document 0: asks for responses of 256 tokens.*max_gen_toks"):
+    with pytest.raises(UserError, match=r"lm_eval:toy, document 0: asks for responses of 256 tokens.*--max-tokens"):
         lm.generate_until(asked("generate_until", ("x", {"until": [], "max_gen_toks": 256})))
 
 
@@ -509,6 +510,65 @@ def test_warnings_of_lm_eval_are_kept(evaluated, run, toy_tasks, tmp_path):
 def test_numbers_that_are_not_finite_are_null():
     value = {"a": [math.nan, -math.inf, 1.5, 2], 3: (None, True, torch.float32), "b": {"c": "text"}}
     assert harness.as_json(value) == {"a": [None, None, 1.5, 2], "3": [None, True, "torch.float32"], "b": {"c": "text"}}
+
+
+def test_a_metric_that_is_not_finite_is_in_the_table():
+    found = {"results": {"a": {"alias": "a", "ppl,none": None, "ppl_stderr,none": "N/A", "sample_len": 2}}}
+    (result,) = table(found)
+    assert math.isnan(result.value)
+    assert (result.metric, result.filter, result.stderr, result.items) == ("ppl", "none", None, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As evals.run has it
+
+
+def test_the_command_evaluates_prints_and_prints_again(run, engine, toy_tasks, capsys):
+    options = {
+        "generation": Generation(),
+        "dtype": "float32",
+        "include_path": toy_tasks,
+        "apply_chat_template": True,
+        "temperature": 0.5,
+        "max_tokens": 6,
+        "stop": ("never",),
+    }
+    names = ["toy_answer", "toy_gone"]
+    missing = command.evaluate_and_print(run, ["gift"], names, engine_for=lambda policy: engine, **options)
+    assert list(missing) == ["lm_eval:toy_gone"]
+    for row in log_of(run, "toy_answer"):
+        expected = {"until": ["never"], "max_gen_toks": 6, "do_sample": True, "temperature": 0.5}
+        assert row["gen_kwargs"] == expected
+        assert row["tokens"] <= 6
+        assert row["context"].startswith("<|")
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("toy_answer"))
+    assert line.split()[:5] == ["toy_answer", "gift", "exact_match", "none", "4"]
+    command.print_recorded(run, ["gift"], names)
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        ({}, {}),
+        ({"temperature": 0.0, "top_k": 5}, {"temperature": 0.0, "do_sample": False, "top_k": 5}),
+        ({"min_p": 0.1, "top_p": 0.9, "max_tokens": 3}, {"min_p": 0.1, "top_p": 0.9, "max_gen_toks": 3}),
+    ],
+)
+def test_sampling_options_become_generation_kwargs(sampling, expected):
+    assert command.gen_kwargs_of(sampling) == expected
+
+
+def test_an_option_that_lm_eval_lacks_is_refused():
+    with pytest.raises(UserError, match=r"^--repetition-guard: not for lm_eval: tasks"):
+        command.gen_kwargs_of({"repetition_guard": object(), "top_p": 0.9})
+
+
+def test_without_lm_eval_one_is_told_what_to_install(evaluated, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'gift-suite\[lm-eval\]'"):
+        evaluated(["toy_answer"])
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import shutil
 import socket
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from evals.oracles import Expected, accepts
 from evals.sandbox import Limits, Program, Reply, Sandbox, StoppedError, works
 from gift.cli import UserError
 
-SHORT = Limits(memory_bytes=1 << 29, load_s=3, total_s=6)
+SHORT = Limits(memory_bytes=1 << 29, load_s=3, total_s=6)  # for those that never end
+PATIENT = Limits(memory_bytes=1 << 29, load_s=60, total_s=120)  # for those that end, on a busy machine
 SECRET = "hunter2-hunter2"
 TOOLS = {"bubblewrap": "bwrap", "namespaces": "unshare", "none": "true"}
 
@@ -24,7 +26,7 @@ TOOLS = {"bubblewrap": "bwrap", "namespaces": "unshare", "none": "true"}
 @pytest.fixture(params=TOOLS)
 def box(request):
     """A sandbox of every kind that this machine offers."""
-    found = Sandbox(request.param, SHORT)
+    found = Sandbox(request.param, PATIENT)
     if not shutil.which(TOOLS[request.param]) or not works(found):
         pytest.skip(f"no {request.param} here")
     return found
@@ -114,7 +116,7 @@ def test_a_call_past_its_limit_stops_the_program(box):
     with pytest.raises(StoppedError, match="took too long to answer") as stopped:
         run(box, "import time\ndef answer(x): time.sleep(x)", 0, 60, seconds=0.5)
     assert stopped.value.status == "timeout"
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 40
 
 
 def test_threads_and_temporary_files_work(box):
@@ -179,6 +181,7 @@ def host(tmp_path, monkeypatch):
     (tmp_path / "secret").write_text(SECRET)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     abstract = f"host-{os.getpid()}"
+    token = f"hostile-{uuid.uuid4().hex}-"
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         local = stack.enter_context(socket.socket(socket.AF_UNIX))
@@ -194,6 +197,7 @@ def host(tmp_path, monkeypatch):
                 "repository": str(Path(__file__).parents[2]),
                 "port": server.getsockname()[1],
                 "abstract": abstract,
+                "token": token,
             },
             (server, local),
         )
@@ -206,10 +210,10 @@ def filled(source: str, values: dict) -> str:
     return source
 
 
-def verdict(box: Sandbox, source: str) -> bool:
+def verdict(box: Sandbox, source: str, seconds: float = 1.0) -> bool:
     """Whether the program passes as one that doubles."""
     expected = Expected.of(Reply("value", marshal.dumps(42, 2), 0.0))
-    program = Program([source], "answer", [[[21], [21], [21]]], [[1.0] * 3])
+    program = Program([source], "answer", [[[21], [21], [21]]], [[seconds] * 3])
     try:
         replies = list(box.run(program))
     except StoppedError:
@@ -221,7 +225,7 @@ def verdict(box: Sandbox, source: str) -> bool:
 def test_hostile_programs_are_contained_and_fail(isolated, host):
     values, servers = host
     folder = Path(values["folder"])
-    assert verdict(isolated, "def answer(x): return 2 * x")
+    assert verdict(isolated, "def answer(x): return 2 * x", seconds=60.0)
     passed, slow = [], {}
     for name, source in PROGRAMS.items():
         begin = time.monotonic()
@@ -230,13 +234,13 @@ def test_hostile_programs_are_contained_and_fail(isolated, host):
         slow[name] = time.monotonic() - begin
         assert [path.name for path in folder.iterdir()] == ["secret"], name
     assert passed == []
-    assert {name: seconds for name, seconds in slow.items() if seconds > 20} == {}
+    assert {name: seconds for name, seconds in slow.items() if seconds > 60} == {}
     assert (folder / "secret").read_text() == SECRET
     for server in servers:
         with pytest.raises(BlockingIOError):
             server.accept()
-    assert verdict(isolated, "def answer(x): return 2 * x")
-    assert not {"escaped", "link", "0"} & {path.name for path in Path("/tmp").iterdir()}
+    assert verdict(isolated, "def answer(x): return 2 * x", seconds=60.0)
+    assert not list(Path("/tmp").glob(f"{values['token']}*"))
 
 
 def test_nothing_of_the_host_can_be_seen(box):
@@ -256,12 +260,23 @@ def answer(x):
 
 
 @pytest.mark.parametrize(
-    "name", ["reading a file", "reading the repository", "home", "parent's environment", "any process's environment"]
+    "name",
+    [
+        "reading a file",
+        "reading through a link",
+        "reading the repository",
+        "home",
+        "parent's environment",
+        "any process's environment",
+    ],
 )
 def test_the_attacks_would_work_without_isolation(name, host, monkeypatch):
     values, _ = host
     monkeypatch.setitem(sandboxes.ENVIRONMENT, "HOME", str(values["folder"]))
-    assert verdict(Sandbox("none", SHORT), filled(PROGRAMS[name], values))
+    try:
+        assert verdict(Sandbox("none", PATIENT), filled(PROGRAMS[name], values), seconds=60.0)
+    finally:
+        Path("/tmp", values["token"]).unlink(missing_ok=True)
 
 
 def descendants() -> set[str]:
@@ -285,7 +300,7 @@ def test_no_process_is_left_when_the_verdict_is_known(box):
         run(box, "import time\ndef answer(x): time.sleep(60)", 0, seconds=2.5)
     watch.join()
     assert during
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while any(Path("/proc", pid).exists() for pid in during) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(Path("/proc", pid).exists() for pid in during)
