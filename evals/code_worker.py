@@ -18,7 +18,6 @@ values of equal types. So the parent settles nearly every comparison without dec
 import ctypes
 import marshal
 import os
-import platform
 import resource
 import struct
 import sys
@@ -40,8 +39,16 @@ CLONE_THREAD = 0x10000
 # Audit architecture, clone, and what a program has no use for that would get round a limit: new processes and
 # namespaces, memory outside the address space, other processes' memory. From the kernel's syscall tables.
 SYSCALLS = {
-    "x86_64": (0xC000003E, 56, (57, 58, 29, 64, 68, 101, 155, 161, 165, 240, 248, 249, 250, 272, 298, 308, 310, 311, 319, 321, 323)),
-    "aarch64": (0xC00000B7, 220, (194, 180, 186, 190, 117, 41, 51, 40, 217, 218, 219, 97, 241, 268, 270, 271, 279, 280, 282)),
+    "x86_64": (
+        0xC000003E,
+        56,
+        (57, 58, 29, 64, 68, 101, 155, 161, 165, 240, 248, 249, 250, 272, 298, 308, 310, 311, 319, 321, 323),
+    ),
+    "aarch64": (
+        0xC00000B7,
+        220,
+        (180, 186, 190, 194, 117, 41, 51, 40, 217, 218, 219, 97, 241, 268, 270, 271, 279, 280, 282),
+    ),
 }
 COMMON_SYSCALLS = (425, 428, 429, 430, 432, 438, 442, 447)  # the same number everywhere: io_uring, mounts, pidfds
 CLONE3 = 435
@@ -52,9 +59,10 @@ def forbid_processes() -> bool:
 
     RLIMIT_NPROC does not stop root, and one process under RLIMIT_AS is all the memory that a program gets.
     """
-    if platform.machine() not in SYSCALLS or sys.maxsize < 2**32:
+    machine = os.uname().machine
+    if machine not in SYSCALLS or sys.maxsize < 2**32:
         return False
-    architecture, clone, forbidden = SYSCALLS[platform.machine()]
+    architecture, clone, forbidden = SYSCALLS[machine]
     load, equal, above, bits, give = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF: A = word; A == k; A >= k; A & k; return k
     allow, refuse = 0x7FFF0000, 0x00050000  # SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO
     program = [

@@ -126,7 +126,12 @@ def chosen(args: argparse.Namespace) -> list[Choice]:
         suite = find(SUITES, args.suite or "nano", "suite")
         names = {suite.name: tasks} if tasks or not args.task else {}
     else:
-        homes = {task: name for name, suite in reversed(SUITES.items()) for task in suite.tasks}
+        homes = {
+            known: name
+            for name, suite in reversed(SUITES.items())
+            for key, task in suite.tasks.items()
+            for known in (key, task.name)
+        }
         names = {}
         for task in tasks:
             names.setdefault(find(homes, task, "task"), []).append(task)

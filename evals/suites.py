@@ -156,8 +156,12 @@ class Suite:
     batch_size: int
 
     def select(self, names: Iterable[str]) -> list[Task]:
-        """The tasks so named, in the suite's order; all of them for no names. Raises UserError for an unknown one."""
-        wanted = [find(self.tasks, name, f"task of suite {self.name!r}") for name in names]
+        """The tasks so named, with or without @SUITE, in the suite's order; all of them for no names.
+
+        Raises UserError for an unknown one.
+        """
+        known = {**self.tasks, **{task.name: task for task in self.tasks.values()}}
+        wanted = [find(known, name, f"task of suite {self.name!r}") for name in names]
         return [task for task in self.tasks.values() if task in wanted or not wanted]
 
 

@@ -19,6 +19,8 @@ def read(response: str, gold: str) -> Reading:
     found, where = find_answer(response)
     answer, wanted = clean(found), clean(bare(gold))
     outcome = settle(answer, wanted)
+    if outcome is None and _is_measures(answer) and plain_number(canonical(wanted)):
+        return Reading(Result("wrong"), found, f"{where}:number")
     if outcome is None:
         # Only a box is commitment enough for this: what follows "the answer is" may be an unfinished train of thought.
         sentence = where == "boxed" and _is_sentence(answer) and not _is_sentence(wanted)
@@ -27,9 +29,24 @@ def read(response: str, gold: str) -> Reading:
     return Reading(Result(status, note=NO_GOLD if status == "error" else None), found, f"{where}:{how}")
 
 
+_DIGITS = re.compile(r"[0-9][0-9,]*(?:\.[0-9]+)?")
+_WORDING = re.compile(r"(?:[A-Za-z\s{}$,;:.]|\\[,;: ]|\\(?=(?:text|mathrm|mbox|q?quad)))*")
+
+
 def bare(gold: str) -> str:
     """A gold answer without its box or the words before it."""
     return find_answer(gold)[0] or gold
+
+
+def _is_measures(text: str) -> bool:
+    """Whether it is different numbers parted by words, as "8 feet 6 inches": math-verify would take one of them."""
+    if not _DIGITS.match(text):  # a sentence that comes to its number
+        return False
+    numbers, between = _DIGITS.findall(text), _DIGITS.split(text)[1:]
+    return any(
+        first != second and "}{" not in gap and _WORDING.fullmatch(gap) and re.search(r"(?<!\\)\b[A-Za-z]{2,}", gap)
+        for first, gap, second in zip(numbers, between, numbers[1:], strict=False)
+    )
 
 
 def _is_sentence(text: str) -> bool:
@@ -71,7 +88,17 @@ def _boxes(text: str, tokens: re.Pattern[str]) -> list[slice]:
 
 
 def find_answer(response: str) -> tuple[str, str | None]:
-    r"""The final answer a response commits to and where it stood, 'boxed' or 'stated'; ('', None) if there is none.
+    """The final answer a response commits to and where it stood, 'boxed' or 'stated'; ('', None) if there is none.
+
+    One after the reasoning (`</think>`) outranks any in it.
+    """
+    reasoning, _, said = response.rpartition("</think>")
+    found = _find_answer(said)
+    return found if found[1] or not reasoning else _find_answer(response)
+
+
+def _find_answer(response: str) -> tuple[str, str | None]:
+    r"""The same of a text without such parts.
 
     Boxes joined by a comma, or by "and" or "or" with at most three words before it, are one answer with several parts:
     `\boxed{1}` and `\boxed{2}` is "1, 2", which does not equal 2. Of nested boxes the inner one counts. A stated

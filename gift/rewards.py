@@ -28,7 +28,7 @@ from gift.math_pool import Job, Reading, Result, Status
 from gift.math_strict import MAX_ANSWER_CHARS
 
 GRADER_NAME = "gift.rewards"
-GRADER_VERSION = "2"  # raised whenever a verdict can change: records of different versions are not comparable
+GRADER_VERSION = "3"  # raised whenever a verdict can change: records of different versions are not comparable
 
 Mode = Literal["strict", "paper"]
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from evals.stats import Interval, accuracy_interval, pass_at_k_interval
+from evals.stats import Interval, accuracy_interval, holm, pass_at_k_interval
 from reports.commands import evaluate_command
 from reports.comparisons import paired
 from reports.rundata import NOT_EVALUATED, STAGE_LABELS, Counts, Policy, RunData, Suite, Task
-from reports.tables import LEVEL, Cell, Column, Missing, Row, Table, holm, mark_best
+from reports.tables import LEVEL, Cell, Column, Missing, Row, Table, mark_best
 
 TABLE_KS = (1, 2, 4, 8)
 PassAtK = dict[tuple[str, str], dict[int, Cell]]

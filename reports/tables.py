@@ -209,15 +209,6 @@ def mark_best(columns: Sequence[Column], rows: Sequence[Row]) -> list[Row]:
     return [replace(row, cells=marked) for row, marked in zip(rows, cells, strict=True)]
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values (Holm 1979), in the order given."""
-    order = np.argsort(p_values, kind="stable")
-    factors = np.arange(len(p_values), 0, -1)
-    adjusted = np.empty(len(p_values))
-    adjusted[order] = np.minimum(np.maximum.accumulate(np.asarray(p_values, dtype=float)[order] * factors), 1.0)
-    return adjusted.tolist()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Plain text
 

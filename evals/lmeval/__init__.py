@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from gift.cli import UserError
 from gift.generation import Engine, GenerationError
-from gift.records import JsonlLog, RunDir, read_json, write_json
+from gift.records import JsonlLog, RunDir, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,12 +86,12 @@ def evaluate_lm_eval(
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(f"{PREFIX} tasks need lm-eval: pip install 'gift-suite[lm-eval]'")
-    from evals.lmeval.harness import find, load, muted, reads_is_greedy, run_task
+    from evals.lmeval.harness import find, load, muted, reads_is_greedy, run_task, table
     from evals.lmeval.model import KEY, EngineLM
 
     evaluation = LmEvalEvaluation()
     made_by = {"weights_sha256": run.node(policy)["weights_sha256"], **settings}
-    folder = folder_of(run, policy)
+    folder = run.path / "raw" / "lm_eval" / policy
     engine = functools.cache(lambda: engine_for(policy))
     manager, terminal = find(names, include_path), sys.stderr
     try:
@@ -132,28 +131,3 @@ def evaluate_lm_eval(
         if engine.cache_info().currsize:
             engine().close()
     return evaluation
-
-
-def recorded(run: RunDir, policy: str, name: str) -> list[LmEvalResult]:
-    """The results of a name that the run holds, those of its last evaluation; none where it was not evaluated."""
-    file = folder_of(run, policy) / f"{name}.json"
-    return table(read_json(file)) if file.is_file() else []
-
-
-def folder_of(run: RunDir, policy: str) -> Path:
-    """Where a run keeps the responses and results of a policy."""
-    return run.path / "raw" / "lm_eval" / policy
-
-
-def table(found: Mapping[str, Any]) -> list[LmEvalResult]:
-    """Every metric of lm-eval's results as JSON, tasks first, then groups. A null was not finite."""
-    rows = []
-    for name, metrics in {**found["results"], **found.get("groups", {})}.items():
-        for key, value in metrics.items():
-            metric, comma, filtered_by = key.partition(",")
-            if comma and not metric.endswith("_stderr") and isinstance(value, int | float | None):
-                stderr = metrics.get(f"{metric}_stderr,{filtered_by}")
-                error = stderr if isinstance(stderr, int | float) else None
-                number = math.nan if value is None else value
-                rows.append(LmEvalResult(name, metric, filtered_by, number, error, metrics["sample_len"]))
-    return rows

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evals.lmeval import DATA_DIR, PREFIX, LmEvalResult, evaluate_lm_eval, recorded
+from evals.lmeval import DATA_DIR, PREFIX, LmEvalResult, evaluate_lm_eval
 from evals.tables import print_table
 from gift.cli import UserError
 from gift.generation import Engine
@@ -72,24 +72,13 @@ def evaluate_and_print(
             batch_size=(batch_size or BATCH_SIZE) if in_process else None,
         )
         results += [(policy, result) for result in found.results]
-        missing.update({f"{PREFIX}{name}": reason for name, reason in found.missing.items()})
-    print_results(run, results)
-    return missing
-
-
-def print_recorded(run: RunDir, policies: Sequence[str], names: Sequence[str]) -> None:
-    """Prints the table of what the run holds of these tasks; lm-eval need not be installed."""
-    print_results(
-        run, [(policy, each) for policy in policies for name in names for each in recorded(run, policy, name)]
-    )
-
-
-def print_results(run: RunDir, results: Sequence[tuple[str, LmEvalResult]]) -> None:
-    """The table of results of policies, if there are any."""
+        for name, reason in found.missing.items():
+            missing[f"{PREFIX}{name}"] = reason.removeprefix(f"{PREFIX}{name}: ")
     if results:
         print(f"\nlm-eval's tasks, as lm-eval prompts and grades them; in {run.path}/raw/lm_eval")
         header = ["task", "policy", "metric", "filter", "items", "value", "standard error"]
         print_table([header, *(cells_of(policy, result) for policy, result in results)], left=4)
+    return missing
 
 
 def cells_of(policy: str, result: LmEvalResult) -> list[str]:

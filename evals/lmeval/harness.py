@@ -19,7 +19,7 @@ import numpy as np
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from evals.lmeval import PREFIX, TASKS_DIR
+from evals.lmeval import PREFIX, TASKS_DIR, LmEvalResult
 from evals.lmeval.model import EngineLM
 from gift.cli import UserError, nearest, say
 from gift.models import first_line
@@ -133,6 +133,20 @@ def run_task(lm: EngineLM, loaded: Any, limit: int | None, apply_chat_template: 
         ) from error
     plain: dict[str, Any] = as_json({"lm_eval": version("lm_eval"), **found})
     return plain
+
+
+def table(found: Mapping[str, Any]) -> list[LmEvalResult]:
+    """Every metric of lm-eval's results as JSON, tasks first, then groups. A null was not finite."""
+    rows = []
+    for name, metrics in {**found["results"], **found.get("groups", {})}.items():
+        for key, value in metrics.items():
+            metric, comma, filtered_by = key.partition(",")
+            if comma and not metric.endswith("_stderr") and isinstance(value, int | float | None):
+                stderr = metrics.get(f"{metric}_stderr,{filtered_by}")
+                error = stderr if isinstance(stderr, int | float) else None
+                number = math.nan if value is None else value
+                rows.append(LmEvalResult(name, metric, filtered_by, number, error, metrics["sample_len"]))
+    return rows
 
 
 def as_json(value: Any) -> Any:

@@ -3,7 +3,8 @@
 None does so unless its attack succeeds, or it shows in another way that it did.
 
 `{folder}` is a folder of the host that is readable and writable, `{pid}` the grader's process, `{secret}` what stands
-in a file there and in the grader's environment, `{token}` a name of the test's own. One that finds a way out of the sandbox leaves the file `escaped`.
+in a file there and in the grader's environment, `{token}` a name that no other test uses. One that finds a way out of
+the sandbox leaves the file `escaped`.
 """
 
 FORGED = 'b"v" + (5).to_bytes(8, "little") + b"i\\x07\\0\\0\\0"'
@@ -89,7 +90,7 @@ def answer(x):
     "reading through a link": """
 import os
 def answer(x):
-    os.symlink('{folder}/secret', '/tmp/{token}')
+    if not os.path.islink('/tmp/{token}'): os.symlink('{folder}/secret', '/tmp/{token}')
     return 2 * x if '{secret}' in open('/tmp/{token}').read() else 0
 """,
     "reading the repository": "def answer(x): return 2 * x if open('{repository}/pyproject.toml').read() else 0",

@@ -58,6 +58,9 @@ def test_the_last_complete_box_is_the_answer(text, content):
         (r"\boxed{1} pen, and it is \boxed{2}", "2", "boxed"),
         (r"\boxed{5}, \boxed{5}", "5", "boxed"),
         (r"first \boxed{3}. Then \boxed{4}", "4", "boxed"),
+        (r"<think>\boxed{3}</think> The answer is 4.", "4", "stated"),
+        (r"<think>\boxed{3}</think> So that is it.", "3", "boxed"),
+        (r"<think>The answer is 4.</think>\boxed{3}", "3", "boxed"),
     ],
 )
 def test_where_the_answer_stands(response, extracted, where):
@@ -240,6 +243,23 @@ def test_no_near_integer_is_accepted_in_whatever_words():
     pairs = [(form.format(n + step), str(n)) for form in forms for n in (0, 7, 90071992) for step in (1, -1, 10**9)]
     verdicts = grade_math([boxed(answer) for answer, _ in pairs], [gold for _, gold in pairs])
     assert {verdict.status for verdict in verdicts} == {"wrong"}
+
+
+def test_of_several_numbers_none_is_the_answer():
+    several = [
+        r"8 \text{ feet } 18 \text{ inches}",
+        r"18 \text{ hours } 30 \text{ minutes}",
+        r"7 \text{ boys, } 18 \text{ girls}",
+        "18 or 19",
+    ]
+    single = [
+        r"18 \text{ cm}^2",
+        r"\text{Ann has 18 dollars}",
+        r"3 \text{ pm} = 18 \text{ units}",
+        r"18.0 \text{ m}",
+    ]
+    assert {verdict.status for verdict in grade_math([boxed(answer) for answer in several], ["18"] * 4)} == {"wrong"}
+    assert {verdict.status for verdict in grade_math([boxed(answer) for answer in single], ["18"] * 4)} == {"correct"}
 
 
 FRACTION_FORMS = [

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reports.plots import spread
-from reports.tables import Cell, Column, Row, Table, duration, holm, mark_best, number, p_text, to_text, visible
+from reports.tables import Cell, Column, Row, Table, duration, mark_best, number, p_text, to_text, visible
 
 
 @pytest.mark.parametrize(
@@ -46,19 +46,6 @@ def test_visible_leaves_no_invisible_character(text: str) -> None:
 def test_visible_keeps_ordinary_text_and_names_the_rest() -> None:
     assert visible("x² ≤ π\n\tçok 数") == "x² ≤ π\n\tçok 数"
     assert visible("a\u202eb\x00\r\ud800") == "a⟨U+202E⟩b⟨U+0000⟩⟨U+000D⟩⟨U+D800⟩"
-
-
-@given(st.lists(st.floats(0, 1), max_size=12))
-def test_holm_equals_the_step_down_procedure(p_values: list[float]) -> None:
-    adjusted = holm(p_values)
-    for level in (0.01, 0.05, 0.2):
-        rejected = set()
-        order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-        for rank, index in enumerate(order):
-            if p_values[index] * (len(p_values) - rank) >= level:
-                break
-            rejected.add(index)
-        assert {index for index, p in enumerate(adjusted) if p < level} == rejected
 
 
 def marks_of(values: list[Cell], better: str) -> list[set[str]]:
