@@ -26,7 +26,7 @@ from gift.generation import GenerationError
 from gift.generation.client import Calls, Client, RefusedRequestError, in_parallel, one_line
 from gift.rewards import Verdict
 
-JUDGE_VERSION = "gift.judge 1"  # raised whenever a rating can change: those of different versions are not comparable
+JUDGE_VERSION = "evals.judge 1"  # raised whenever a rating can change: those of different versions are not comparable
 
 AGAIN_TEMPERATURE = 0.3  # at least, where a reply without a rating is asked for again: at 0 it would be the same one
 LONGEST_PAUSE_S = 60.0  # between two tries

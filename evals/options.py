@@ -168,6 +168,8 @@ def protocol_of(args: argparse.Namespace, suite: Suite) -> Protocol:
     changes = given(args, (*COUNTS, *SAMPLING))
     if "stop" in changes:
         changes["stop"] = tuple(changes["stop"])
+    if "temperature" in changes:  # of all items
+        changes["temperatures"] = {}
     if args.protocol is None:
         protocol = suite.protocol
     elif args.protocol.endswith((".yaml", ".yml")):

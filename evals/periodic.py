@@ -21,6 +21,7 @@ from evals.sampling import EMPTY, Sampler
 from evals.stats import accuracy_interval
 from evals.suites import Loaded, Plan
 from evals.tasks import Item, Task
+from gift.cli import UserError, say
 from gift.distributed import gathered_from_ranks, rank, share_of_rank
 from gift.generation.follower import Follower
 from gift.records import JsonlLog
@@ -46,7 +47,10 @@ class Periodic:
                 mine = self.sample(work.plan, task, share_of_rank(items), follower)
                 rows = [row for part in gathered_from_ranks(mine) for row in part]
                 if rank() == 0:
-                    found[task.name] = self.record(home, work.plan, task, items, rows)
+                    try:
+                        found[task.name] = self.record(home, work.plan, task, items, rows)
+                    except UserError as error:  # training goes on; the samples are there to be graded
+                        say(f"{self.policy}, step {step}: {task.name} could not be graded: {error}")
         return found
 
     def sample(self, plan: Plan, task: Task, items: Sequence[Item], follower: Follower) -> list[dict[str, Any]]:

@@ -138,6 +138,12 @@ _NUMBER = re.compile(
     rf"(?P<sign>[+-]?)(?:(?P<decimal>{_INTEGER}(?:\.[0-9]*)?|\.[0-9]+)|(?P<whole>[0-9]+(?: |(?=\\)))?{_RATIO})"
     r"(?: ?(?P<scale>thousand|million|billion|trillion))?"
 )
+_UNIT = re.compile(r"(.*[0-9.}]) ?([a-z]{3,})(?: (?:per|a|an|each) [a-z]+)?")
+# A word after a number that makes it another number.
+_NO_UNIT = re.compile(
+    r"(?:dozen|score|gross|couple|pair|hundred|thousand|million|billion|trillion|percent|half|halve|third|quarter"
+    r"|(?!month)[a-z]+th|squared|cubed|factorial|mod|modulo|base|root|sqrt|times|over|minus|plus|and|not|left|right)s?"
+)
 _SCALE = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 
@@ -189,6 +195,8 @@ def settle(answer: str, gold: str) -> tuple[Status, str] | None:
     if len(gold) > MAX_ANSWER_CHARS or len(answer) > MAX_ANSWER_CHARS:
         return "wrong", "too_long"
     given, wanted = plain_number(answer), plain_number(gold)
+    if given is None and wanted is not None and (counted := _without_unit(answer)) is not None:
+        return ("correct", "number") if counted == wanted[0] else None
     if given is None or wanted is None:
         return None
     if given[0] == wanted[0]:
@@ -197,6 +205,15 @@ def settle(answer: str, gold: str) -> tuple[Status, str] | None:
     if (given[1] and not _terminates(wanted[0])) or (wanted[1] and not _terminates(given[0])):
         return None
     return "wrong", "number"
+
+
+def _without_unit(answer: str) -> Fraction | None:
+    """The number of "18 dollars" or "5 miles per hour"; None where the word makes another number of it: "18 dozen"."""
+    match = _UNIT.fullmatch(answer)
+    if match is None or _NO_UNIT.fullmatch(match[2]):
+        return None
+    number = plain_number(match[1])
+    return None if number is None else number[0]
 
 
 def _terminates(value: Fraction) -> bool:

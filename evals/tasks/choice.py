@@ -169,7 +169,7 @@ class ChoiceTask(Task):
     @property
     def graders(self) -> Mapping[str, str]:
         """The one grader of letters and option texts."""
-        return {"choice": f"gift.choices {GRADER_VERSION}"}
+        return {"choice": f"evals.choices {GRADER_VERSION}"}
 
     def question(self, row: Row, where: str) -> Question | None:
         """The question of a row, or None where the task leaves it out. Raises UserError naming a malformed one."""

@@ -276,7 +276,7 @@ def test_without_a_judge_only_grading_fails(tmp_path, monkeypatch):
     write(tmp_path, *small())
     for name in ("GIFT_JUDGE_URL", "GIFT_JUDGE_MODEL"):
         monkeypatch.delenv(name, raising=False)
-    assert TASK.graders == {"judge": "no judge, fschat single-answer, gift.judge 1"}
+    assert TASK.graders == {"judge": "no judge, fschat single-answer, evals.judge 1"}
     answers = answers_to(TASK.load(tmp_path).items)
     with pytest.raises(UserError, match="no judge: set GIFT_JUDGE_URL"):
         next(TASK.grade(answers))
@@ -286,7 +286,7 @@ def test_the_judge_of_the_environment(tmp_path, monkeypatch, server):
     write(tmp_path, *small())
     monkeypatch.setenv("GIFT_JUDGE_URL", server.url)
     monkeypatch.setenv("GIFT_JUDGE_MODEL", "some-model")
-    assert TASK.graders == {"judge": "some-model, fschat single-answer, gift.judge 1"}
+    assert TASK.graders == {"judge": "some-model, fschat single-answer, evals.judge 1"}
     answers = answers_to(TASK.load(tmp_path).items)
     server.reply = lambda body, _: completion("no idea") if "81-2" in asked_text(body) else rated(body)
     found = {number: grades["judge"] for number, grades in TASK.grade(answers)}

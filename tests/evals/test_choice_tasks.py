@@ -412,7 +412,7 @@ def test_a_verdict_has_the_letter_and_where_it_stood(tmp_path):
         (0.0, "no_answer", None, None, neither),
         (0.0, "no_answer", None, None, neither),
     ]
-    assert task.graders == {"choice": "gift.choices 1"}
+    assert task.graders == {"choice": "evals.choices 1"}
 
 
 def test_the_grader_agrees_with_every_check(tmp_path):

@@ -386,7 +386,7 @@ SET = {"GIFT_JUDGE_URL": "http://127.0.0.1:9", "GIFT_JUDGE_MODEL": "gpt-4"}
 def test_the_environment_names_a_judge():
     judge = judge_from_environment(SET)
     assert judge == Judge("http://127.0.0.1:9", "gpt-4")
-    assert judge.version == "gpt-4, fschat single-answer, gift.judge 1"
+    assert judge.version == "gpt-4, fschat single-answer, evals.judge 1"
     more = {"KEY": f"{SECRET}\n", "BUDGET": "70", "TOKENS": "9000", "CONCURRENCY": "2", "TIMEOUT": "30"}
     judge = judge_from_environment({**SET, **{f"GIFT_JUDGE_{name}": value for name, value in more.items()}})
     assert (judge.concurrency, judge.timeout_s, judge.budget.max_requests, judge.budget.max_tokens) == (2, 30, 70, 9000)

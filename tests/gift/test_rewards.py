@@ -320,3 +320,15 @@ def test_lists_of_different_lengths_and_bad_limits_are_refused():
     with pytest.raises(ValueError, match="unknown mode loose; known: strict, paper"):
         grade_math([], [], mode="loose")
     assert grade_math([], []) == []
+
+
+@pytest.mark.parametrize("unit", ["dollars", "miles per hour", "months", "apples each week"])
+@pytest.mark.parametrize("form", ["\\boxed{{{}}}", "\\boxed{{\\text{{{}}}}}", "The answer is {}.", "#### {}"])
+def test_a_unit_after_a_number_does_not_count(form, unit):
+    right, wrong = (grade_math([form.format(f"{number} {unit}")], ["18"])[0] for number in ("18", "19"))
+    assert (right.status, wrong.status) == ("correct", "wrong")
+
+
+@pytest.mark.parametrize("word", ["dozen", "hundred", "fourths", "pairs", "squared", "percent off"])
+def test_a_word_that_makes_another_number_of_it_is_no_unit(word):
+    assert grade_math([f"The answer is 18 {word}."], ["18"])[0].status == "wrong"
