@@ -28,6 +28,7 @@ GUARD = RepetitionGuard()
 # Settings by the names of their options, which are None where the command line does not say.
 COUNTS = ("runs", "samples_per_run")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop", "repetition_guard")
+LM_EVAL = ("include_path", "num_fewshot", "apply_chat_template")
 ENGINE = ("engine", "cache_gb", "max_rows", "data_parallel", "tensor_parallel", "url")
 
 
@@ -91,6 +92,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     engine.add_argument("--data-parallel", type=positive, help="copies of the model, each in its process (default: 1)")
     engine.add_argument("--tensor-parallel", type=positive, help="vllm: devices that share a copy (default: 1)")
     engine.add_argument("--url", help="server: where it listens, such as http://10.0.0.2:8000")
+    lm_eval = parser.add_argument_group(f"{PREFIX} tasks, as lm-eval's options of these names")
+    lm_eval.add_argument("--include-path", type=Path, help="folder of lm-eval task files of your own")
+    lm_eval.add_argument("--num-fewshot", type=int, help="examples in the prompt, where the task does not forbid them")
+    lm_eval.add_argument("--apply-chat-template", action="store_const", const=True, help="prompts as a conversation")
     return parser.parse_args(argv)
 
 
@@ -104,6 +109,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"{args.data_dir}: no such folder; --data-dir holds e.g. gsm8k/test.jsonl")
     if args.suite == "all" and args.task:
         raise UserError("--task names a task of one suite; leave out --suite, or name that suite instead of 'all'")
+    if not lm_eval_tasks(args) and (idle := given(args, LM_EVAL)):
+        raise UserError(f"{', '.join(map(option, idle))}: for tasks of lm-eval; give --task {PREFIX}NAME")
     if args.generations is not None and lm_eval_tasks(args):
         raise UserError(f"{PREFIX} tasks need a model: lm-eval makes their prompts as it goes")
     if args.verb is not None and lm_eval_tasks(args):

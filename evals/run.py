@@ -24,6 +24,8 @@ from evals.lmeval import PREFIX
 from evals.lmeval.command import evaluate_and_print
 from evals.manifest import policies_of
 from evals.options import (
+    LM_EVAL,
+    SAMPLING,
     VERBS,
     Choice,
     check,
@@ -118,7 +120,7 @@ def main(argv: list[str]) -> int:
             show(run, plans, evaluation, disagreements=args.disagreements)
             missing = evaluation.missing
             if others and generation is not None:
-                own = given(args, ("seed", "limit", "batch_size"))
+                own = given(args, ("seed", "limit", "batch_size", "data_dir", *LM_EVAL, *SAMPLING))
                 lm_eval = {"engine_for": engine_for, "generation": generation, "dtype": dtype, **own}
                 missing |= evaluate_and_print(run, policies, others, **lm_eval)
             outcome.complete = not missing

@@ -137,3 +137,11 @@ def test_the_command_line_changes_a_protocol_of_ones_own(tmp_path):
     path = str(written(tmp_path, OWN))
     (choice,) = chosen(parse(["--model", "m", "--suite", "math", "--protocol", path, "--max-tokens", "7"]))
     assert (choice.protocol.name, choice.protocol.max_tokens, choice.protocol.system) == ("own", 7, "Be brief.")
+
+
+def test_a_temperature_of_the_command_line_holds_for_every_category():
+    argv = ["--suite", "mtbench", "--model", "x", "--protocol", "fastchat"]
+    (own,) = chosen(parse(argv))
+    assert own.protocol.temperatures["writing"] == 0.7
+    (other,) = chosen(parse([*argv, "--temperature", "0.3"]))
+    assert (other.protocol.temperature, other.protocol.temperatures) == (0.3, {})
