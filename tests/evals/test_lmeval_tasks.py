@@ -250,7 +250,8 @@ def test_lm_evals_command_line_runs_the_suites_tasks(tiny_checkpoint, tmp_path):
     command += ["--model_args", f"pretrained={tiny_checkpoint}", "--include_path", str(TASKS_DIR)]
     command += ["--tasks", "gift_chain,gift_gcd_greedy", "--apply_chat_template", "--limit", "2"]
     command += ["--gen_kwargs", "max_gen_toks=16", "--output_path", str(tmp_path), "--device", "cpu"]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     (file,) = tmp_path.rglob("results_*.json")
     results = json.loads(file.read_text())["results"]
     assert {"pass@1,all", "pass@8,all"} <= set(results["gift_chain"])
