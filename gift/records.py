@@ -202,18 +202,18 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    complete, _, _ = path.read_bytes().rpartition(b"\n")
     rows = []
-    for number, line in enumerate(complete.split(b"\n"), start=1):
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: not a JSON object; remove this line to go on without it")
-        rows.append(row)
+    with path.open("rb") as file:  # line by line: a log of long completions is gigabytes
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n") or line == b"\n":
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number}: not a JSON object; remove this line to go on without it")
+            rows.append(row)
     return rows
 
 
