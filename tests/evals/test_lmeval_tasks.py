@@ -25,6 +25,7 @@ from gift.cli import UserError
 from gift.data import encode_prompt, prompt_text
 from gift.generation import Request, completion_text
 from gift.generation.hf import HFEngine
+from gift.generation.workers import LAUNCHED
 from gift.models import load_model, load_tokenizer
 from gift.records import RunDir, read_jsonl
 
@@ -251,8 +252,7 @@ def test_lm_evals_command_line_runs_the_suites_tasks(tiny_checkpoint, tmp_path):
     command += ["--tasks", "gift_chain,gift_gcd_greedy", "--apply_chat_template", "--limit", "2"]
     command += ["--gen_kwargs", "max_gen_toks=16", "--output_path", str(tmp_path), "--device", "cpu"]
     # What a distributed test of this process has left there would make lm-eval wait for other ranks.
-    of_ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    environment = {name: value for name, value in os.environ.items() if name not in of_ranks}
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.rglob("results_*.json")
