@@ -78,9 +78,10 @@ def test_evaluation_gives_compatible_accuracies(runs):
         for policy in ("base", "sft"):
             means = []
             for run in runs.values():
-                rows = read_jsonl(run / "samples" / policy / f"{task}.jsonl")
-                assert len(rows) == 60 * 8
-                means.append(sum(row["score"] for row in rows) / len(rows))
+                verdicts = read_jsonl(run / "verdicts" / policy / f"{task}.jsonl")
+                scores = [verdict["score"] for verdict in verdicts if verdict["grader"] == "strict"]
+                assert len(scores) == 60 * 8
+                means.append(sum(scores) / len(scores))
             assert abs(means[0] - means[1]) < 4 * math.sqrt(2 * 0.25 / 60)
 
 
